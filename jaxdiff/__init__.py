@@ -1,0 +1,33 @@
+"""Score-based diffusion in JAX and Flax: the public names."""
+
+from jaxdiff import grids as grids
+from jaxdiff import parameterizations as parameterizations
+from jaxdiff import schedules as schedules
+from jaxdiff import time_samplers as time_samplers
+from jaxdiff import weightings as weightings
+from jaxdiff.distributions import Normal as Normal
+from jaxdiff.guidance.cfg import CFG as CFG
+from jaxdiff.objectives.denoising import denoising as denoising
+from jaxdiff.parameterizations import NetDenoiser as NetDenoiser
+from jaxdiff.parameterizations import edm as edm_preconditioning
+from jaxdiff.parameterizations import epsilon as epsilon
+from jaxdiff.parameterizations import score as score
+from jaxdiff.parameterizations import v as v
+from jaxdiff.parameterizations import velocity as velocity
+from jaxdiff.parameterizations import x0 as x0
+from jaxdiff.processes.base import Denoised as Denoised
+from jaxdiff.processes.gaussian import Gaussian as Gaussian
+from jaxdiff.samplers.ancestral import Ancestral as Ancestral
+from jaxdiff.samplers.ancestral import UnitVariance as UnitVariance
+from jaxdiff.samplers.base import sample as sample
+from jaxdiff.samplers.ddim import DDIM as DDIM
+from jaxdiff.schedules import cosine as cosine
+from jaxdiff.schedules import edm as edm
+from jaxdiff.schedules import exploding as exploding
+from jaxdiff.schedules import from_betas as from_betas
+from jaxdiff.schedules import linear_beta as linear_beta
+from jaxdiff.schedules import straight as straight
+from jaxdiff.schedules import subvp as subvp
+from jaxdiff.solve import log_likelihood as log_likelihood
+from jaxdiff.solve import probability_flow as probability_flow
+from jaxdiff.solve import reverse_sde as reverse_sde

@@ -1,1 +1,15 @@
+"""Flax networks: natively batched, `apply(params, x, noise_level, label=None) -> like x`.
 
+A network is given the state x [b, ...], one smooth scalar noise level per example [b] (such as
+log-SNR / 4) and, when it was built with `num_classes`, a label per example [b]. It knows nothing of
+processes or of what its output means: that is the parameterization's business. Dropout acts if and
+only if a random key named "dropout" is given: `apply(..., rngs={"dropout": key})`.
+"""
+
+from jaxdiff.networks.embeddings import GaussianFourier as GaussianFourier
+from jaxdiff.networks.embeddings import Sinusoidal as Sinusoidal
+from jaxdiff.networks.embeddings import SmoothFeatures as SmoothFeatures
+from jaxdiff.networks.mlp import MLP as MLP
+from jaxdiff.networks.unet import UNet as UNet
+
+__all__ = ["MLP", "GaussianFourier", "Sinusoidal", "SmoothFeatures", "UNet"]

@@ -1,1 +1,1 @@
-
+"""Training objectives: (params, key, batch) ↦ per-example loss and metrics."""

@@ -1,1 +1,1 @@
-
+"""Forward processes."""

@@ -1,1 +1,1 @@
-
+"""Samplers: each a `Step`, one file a method."""

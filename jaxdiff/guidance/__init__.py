@@ -1,0 +1,1 @@
+"""Guidance: each a map from denoisers to a denoiser."""

@@ -1,0 +1,105 @@
+"""Data parallelism: one mesh axis, replicated state, batches split over the devices.
+
+Every device holds the whole training state and a slice of the batch; `jax.jit` with these
+shardings inserts the one all-reduce of the gradients. The axes are of type Auto: under Explicit
+axes, now the default of `jax.make_mesh`, some gradients and diffrax's error norm do not trace.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxdiff.typing import Batch
+
+__all__ = ["check_divisible", "data_mesh", "replicate", "shard_batch", "start_distributed"]
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of one axis, "data", over the devices.
+
+    Args:
+        devices: the devices to use; all devices of all processes if None.
+
+    Returns:
+        A mesh of shape {"data": number of devices}.
+    """
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The same tree, whole on every device of the mesh.
+
+    Args:
+        tree: a pytree of arrays, equal on all processes.
+        mesh: the mesh from `data_mesh`.
+
+    Returns:
+        The tree with sharding P() over the mesh.
+    """
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> Batch:
+    """The global batch, split along its first axis over the mesh.
+
+    Args:
+        batch: arrays [b / processes, ...], the part of the global batch that this process made.
+        mesh: the mesh from `data_mesh`.
+
+    Returns:
+        Global arrays [b, ...] with sharding P("data").
+
+    Raises:
+        ValueError: if the arrays' first axes differ, or do not divide over this process's devices.
+    """
+    check_divisible(batch, len(mesh.local_devices))
+    sharding = NamedSharding(mesh, P("data"))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }
+
+
+def check_divisible(batch: Mapping[str, Any], parts: int) -> None:
+    """Refuses a batch that cannot be split into equal parts along its first axis.
+
+    Args:
+        batch: arrays [b, ...].
+        parts: the number of devices that share them, ≥ 1.
+
+    Raises:
+        ValueError: if the arrays' first axes differ, or are no multiple of `parts`.
+    """
+    sizes = {name: value.shape[0] if value.ndim else 0 for name, value in batch.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"batch arrays must share their first axis, got sizes {sizes}")
+    size = next(iter(sizes.values()))
+    if size == 0 or size % parts:
+        raise ValueError(f"batch size must be a positive multiple of {parts} devices, got {size}")
+
+
+def start_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    heartbeat_timeout_seconds: int = 30,
+) -> None:
+    """Joins this process to a multi-host run; call it before anything touches a device.
+
+    When a process dies, the others hang in their next collective until the heartbeat times out
+    and the runtime aborts them. Let the launcher then start all of them again: `fit` resumes.
+
+    Args:
+        coordinator: "host:port" of process 0; found by itself on Slurm, Cloud TPU and the like.
+        num_processes: the number of processes, likewise.
+        process_id: this process's index in [0, num_processes), likewise.
+        heartbeat_timeout_seconds: how long a silent process counts as alive, in seconds.
+    """
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout_seconds
+    )

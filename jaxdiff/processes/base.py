@@ -1,0 +1,131 @@
+"""What a forward process is: a family of exact conditionals.
+
+A process offers a prior p(x_1), a marginal q(x_t | x_0) and a posterior q(x_s | x_t, x_0). A
+network, whatever it predicts, becomes a `Denoiser`: it returns the moments of p(x_0 | x_t). From
+these two everything else of a diffusion model is derived, once, for all processes:
+
+    score            ∇ log p_t(x)  =  marginal(E[x_0 | x], t).score(x)            (Tweedie)
+    noise            ε(x, t)       =  marginal(E[x_0 | x], t).noise(x)
+    ancestral step   x_s           ~  posterior(x, E[x_0 | x], t, s)
+    velocity         dx/dt         =  d/dt marginal(E[x_0 | x], t).from_noise(ε), both held fixed
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxdiff.distributions import Distribution, GaussianDistribution
+from jaxdiff.typing import Data, Key, Scalar, State, Time
+
+__all__ = ["SDE", "Denoised", "Denoiser", "Process", "example_keys", "score", "velocity"]
+
+
+class Denoised(NamedTuple):
+    """The moments of p(x_0 | x_t).
+
+    Attributes:
+        mean: E[x_0 | x_t], of the shape of the data.
+        var: Var[x_0 | x_t], a scalar or of the shape of `mean`; 0 treats x_0 as known.
+    """
+
+    mean: Data
+    var: Scalar = 0.0
+
+    @property
+    def axes(self) -> "Denoised":
+        """The `in_axes` that map over a batch of these: a scalar variance is shared."""
+        return Denoised(0, 0 if jnp.ndim(self.var) else None)  # pyright: ignore[reportArgumentType]
+
+
+Denoiser = Callable[[State, Time], Denoised]
+"""A batch of states [b, …] and one time ↦ the moments of their x_0, [b, …]."""
+
+
+@runtime_checkable
+class Process(Protocol):
+    """A family of conditionals; every method is for one example and a scalar time."""
+
+    def prior(self, shape: tuple[int, ...]) -> Distribution:
+        """p(x_1), from which sampling starts."""
+        ...
+
+    def marginal(self, x0: Data, t: Time) -> Distribution:
+        """q(x_t | x_0)."""
+        ...
+
+    def posterior(self, x: State, x0: Denoised, t: Time, s: Time) -> Distribution:
+        """q(x_s | x_t, x_0) for s < t, averaged over the given uncertainty of x_0."""
+        ...
+
+
+@runtime_checkable
+class SDE(Protocol):
+    """A process dx = f(x, t) dt + g(t) dw, whose conditionals are Gaussian."""
+
+    def prior(self, shape: tuple[int, ...]) -> GaussianDistribution:
+        """p(x_1), from which sampling starts."""
+        ...
+
+    def marginal(self, x0: Data, t: Time) -> GaussianDistribution:
+        """q(x_t | x_0)."""
+        ...
+
+    def drift(self, x: State, t: Time) -> State:
+        """f(x, t)."""
+        ...
+
+    def diffusion(self, t: Time) -> State:
+        """g(t), a scalar or of the shape of the state."""
+        ...
+
+
+def score(process: SDE, x: State, x0: Data, t: Time) -> State:
+    """∇ₓ log p_t(x) of one state, from its denoised mean (Tweedie's formula).
+
+    References: Efron 2011, doi:10.1198/jasa.2011.tm11181, eq. 2.8.
+    """
+    return process.marginal(x0, t).score(x)
+
+
+def velocity(process: SDE, x: State, x0: Data, t: Time) -> State:
+    """dx/dt of the probability-flow ODE at one state, from its denoised mean.
+
+    Both x̂_0 and ε̂ are held fixed and the marginal's path is differentiated in t,
+
+        dx/dt = d/dt [α(t) x̂_0 + σ(t) ε̂] = f(x, t) − ½ g(t)² ∇ log p_t(x),
+
+    which stays finite where α = 0 and f does not.
+
+    References: Song et al. 2021, arXiv:2011.13456, eq. 13; Song et al. 2020, arXiv:2010.02502,
+        eq. 14.
+    """
+    noise = process.marginal(x0, t).noise(x)
+    return jax.jvp(lambda t: process.marginal(x0, t).from_noise(noise), (t,), (jnp.ones_like(t),))[
+        1
+    ]
+
+
+def example_keys(key: Key, count: int) -> Key:
+    """One key an example: `fold_in(key, index)`, whatever the batch is split into.
+
+    Args:
+        key: one key, or already one an example [count], which is returned as it is: so a caller
+            who works in chunks folds in the global indices.
+        count: number of examples.
+
+    Returns:
+        [count] keys.
+
+    Raises:
+        ValueError: if `key` holds a number of keys other than one or `count`.
+    """
+    single = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
+    if key.ndim == single:
+        index: Int[Array, "count"] = jnp.arange(count)
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+    if key.shape[0] != count:
+        raise ValueError(f"key holds {key.shape[0]} keys for a batch of {count}; give one or all.")
+    return key

@@ -1,0 +1,339 @@
+"""Noise schedules: t ↦ (α, σ), the scale of the data and the noise's standard deviation.
+
+A scalar Gaussian process is x_t = α(t) x_0 + σ(t) ε, and its schedule is the whole of it. With
+t ∈ [0, 1] and data at 0,
+
+    log-SNR(t) = log α² / σ²     falls from (nearly) +∞ to (nearly) −∞,
+
+and drift, diffusion coefficient, posteriors and loss weights follow by differentiation. A schedule
+is any callable t ↦ (α, σ) that `jax.jvp` can differentiate; those below are pytrees, so their
+numbers can be swept or trained without compiling anew. A plain function serves too: wrap it as
+`jax.tree_util.Partial(fn, numbers…)` to have the same of yours.
+
+=============  =====================  ================================  ==================
+factory        α(t)                   σ(t)                              α, σ at t = 1
+=============  =====================  ================================  ==================
+linear_beta    exp(−½∫β)              √(1 − α²)                         .0066, 1 (ᾱ = 4e-5)
+cosine         cos-shaped             √(1 − α²)                         5.5e-4, 1
+subvp          exp(−½∫β)              1 − α²                            .0066, 1
+exploding      1                      σ_min (σ_max/σ_min)^t             1, σ_max
+edm            1                      Karras ρ-warp σ_min … σ_max       1, σ_max
+straight       1 − t                  t                                 0, 1
+from_betas     ∏√(1 − β_i)            √(1 − α²)                         the table's
+=============  =====================  ================================  ==================
+
+At t = 1 the variance-exploding ones (exploding, edm) keep ᾱ = 1: their prior is N(0, σ_max²), and
+σ_max must dwarf the data. `straight` has α(1) = 0: there a prediction of ε or of the score says
+nothing of x_0, so use `x0`, `v` or `velocity` with it, or start below 1.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+import optimistix
+from flax import struct
+from jaxtyping import Array, Float
+
+from jaxdiff.typing import Scalar, Time
+
+__all__ = [
+    "Cosine",
+    "EDMSchedule",
+    "Exploding",
+    "LinearBeta",
+    "Schedule",
+    "Straight",
+    "SubVP",
+    "TabulatedBeta",
+    "cosine",
+    "edm",
+    "exploding",
+    "from_betas",
+    "linear_beta",
+    "log_snr",
+    "straight",
+    "subvp",
+    "time_of_log_snr",
+]
+
+Schedule = Callable[[Time], tuple[Time, Time]]
+"""t ↦ (alpha, sigma)."""
+
+
+def log_snr(schedule: Schedule, t: Time) -> Time:
+    """The log signal-to-noise ratio log α²/σ² at t; +∞ where σ = 0 and −∞ where α = 0.
+
+    References: Kingma et al. 2021, arXiv:2107.00630, eq. 3 (γ = −log-SNR).
+    """
+    alpha, sigma = schedule(t)
+    return 2.0 * (jnp.log(alpha) - jnp.log(sigma))
+
+
+def time_of_log_snr(schedule: Schedule, value: Float[Array, ""]) -> Time:
+    """The time in [0, 1] at which a schedule has the given log-SNR, by bisection.
+
+    Args:
+        schedule: any schedule whose log-SNR falls in t.
+        value: the log-SNR wanted; outside the schedule's range the nearer end is returned.
+
+    Returns:
+        t, to about one unit in the last place.
+    """
+
+    def excess(t, _):
+        # Bisection reads only the sign; clipping keeps the infinite ends finite.
+        return jnp.clip(value - log_snr(schedule, t), -1.0, 1.0)
+
+    low, high = log_snr(schedule, jnp.ones_like(value)), log_snr(schedule, jnp.zeros_like(value))
+    inside = (value > low) & (value < high)
+    solution = optimistix.root_find(
+        lambda t, _: jnp.where(inside, excess(t, None), t - 0.5),
+        optimistix.Bisection(rtol=1e-7, atol=1e-12),
+        0.5 * jnp.ones_like(value),
+        options={"lower": jnp.zeros_like(value), "upper": jnp.ones_like(value)},
+        max_steps=64,
+        throw=False,
+    )
+    return jnp.where(inside, solution.value, jnp.where(value <= low, 1.0, 0.0))
+
+
+def _variance_preserving(log_alpha: Time) -> tuple[Time, Time]:
+    # expm1 keeps σ exact where α is close to 1.
+    return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2.0 * log_alpha))
+
+
+@struct.dataclass
+class LinearBeta:
+    """α = exp(−½∫β) and σ = √(1 − α²) with β(t) = β_min + t (β_max − β_min)."""
+
+    beta_min: Scalar
+    beta_max: Scalar
+
+    def log_alpha(self, t: Time) -> Time:
+        """−½ ∫₀ᵗ β."""
+        return -0.5 * t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
+
+    def __call__(self, t: Time) -> tuple[Time, Time]:
+        """(α, σ) at t."""
+        return _variance_preserving(self.log_alpha(t))
+
+
+def linear_beta(beta_min: float = 0.1, beta_max: float = 20.0) -> LinearBeta:
+    """The variance-preserving schedule with a linear rate: the limit of DDPM's 1e-4 … 0.02.
+
+    β(t) = β_min + t (β_max − β_min), α = exp(−½∫β), σ² = 1 − α².
+
+    Args:
+        beta_min: rate at t = 0, > 0.
+        beta_max: rate at t = 1, ≥ beta_min.
+
+    Raises:
+        ValueError: unless 0 < beta_min ≤ beta_max.
+
+    References: Song et al. 2021, arXiv:2011.13456, eqs. 11 and 32–33.
+    """
+    _check_rates(beta_min, beta_max)
+    return LinearBeta(beta_min=beta_min, beta_max=beta_max)
+
+
+@struct.dataclass
+class SubVP(LinearBeta):
+    """α = exp(−½∫β) and σ = 1 − α², below the variance-preserving one at every time."""
+
+    def __call__(self, t: Time) -> tuple[Time, Time]:
+        """(α, σ) at t."""
+        log_alpha = self.log_alpha(t)
+        return jnp.exp(log_alpha), -jnp.expm1(2.0 * log_alpha)
+
+
+def subvp(beta_min: float = 0.1, beta_max: float = 20.0) -> SubVP:
+    """The sub-variance-preserving schedule, made for likelihoods.
+
+    α = exp(−½∫β), σ = 1 − α².
+
+    Args:
+        beta_min: rate at t = 0, > 0.
+        beta_max: rate at t = 1, ≥ beta_min.
+
+    Raises:
+        ValueError: unless 0 < beta_min ≤ beta_max.
+
+    References: Song et al. 2021, arXiv:2011.13456, eqs. 29 and 34.
+    """
+    _check_rates(beta_min, beta_max)
+    return SubVP(beta_min=beta_min, beta_max=beta_max)
+
+
+@struct.dataclass
+class Cosine:
+    """α = cos(φ)/cos(φ₀) with the angle φ rising linearly in t; σ = √(1 − α²)."""
+
+    start: Scalar
+    stop: Scalar
+
+    def __call__(self, t: Time) -> tuple[Time, Time]:
+        """(α, σ) at t."""
+        angle = self.start + t * (self.stop - self.start)
+        # 1 − cos²φ/cos²φ₀ = sin(φ+φ₀) sin(φ−φ₀)/cos²φ₀: no cancellation at small t.
+        sine = jnp.sin(angle + self.start) * jnp.sin(t * (self.stop - self.start))
+        return jnp.cos(angle) / jnp.cos(self.start), jnp.sqrt(sine) / jnp.cos(self.start)
+
+
+def cosine(offset: float = 0.008, log_snr_min: float = -15.0) -> Cosine:
+    """The variance-preserving cosine schedule, gentler at both ends.
+
+    α(t) = cos(φ(t)) / cos(φ(0)) with φ(0) = ½π · offset/(1 + offset).
+
+    Args:
+        offset: keeps the noise from vanishing too fast at t = 0; in (0, 1).
+        log_snr_min: log-SNR at t = 1, < 0. The paper reaches −∞ and clips β at 0.999; a finite end
+            keeps α(1) > 0, so that every parameterization is defined there.
+
+    Raises:
+        ValueError: for an argument outside its range.
+
+    References: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17.
+    """
+    if not 0.0 < offset < 1.0:
+        raise ValueError(f"offset must lie in (0, 1), got {offset}.")
+    if not (log_snr_min < 0.0 and math.isfinite(log_snr_min)):
+        raise ValueError(f"log_snr_min must be negative and finite, got {log_snr_min}.")
+    start = 0.5 * math.pi * offset / (1.0 + offset)
+    last_alpha = 1.0 / math.sqrt(1.0 + math.exp(-log_snr_min))
+    return Cosine(start=start, stop=math.acos(last_alpha * math.cos(start)))
+
+
+@struct.dataclass
+class Exploding:
+    """α = 1 and σ = σ_min (σ_max/σ_min)^t."""
+
+    sigma_min: Scalar
+    sigma_max: Scalar
+
+    def __call__(self, t: Time) -> tuple[Time, Time]:
+        """(α, σ) at t."""
+        ratio = jnp.log(self.sigma_max / jnp.asarray(self.sigma_min, t.dtype))
+        return jnp.ones_like(t), self.sigma_min * jnp.exp(t * ratio)
+
+
+def exploding(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Exploding:
+    """The variance-exploding schedule: σ in geometric progression, as in NCSN.
+
+    α = 1, σ(t) = σ_min (σ_max/σ_min)^t.
+
+    Args:
+        sigma_min: noise at t = 0, > 0: small against the data's finest detail.
+        sigma_max: noise at t = 1, > sigma_min: large against the largest distance of two data.
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max.
+
+    References: Song et al. 2021, arXiv:2011.13456, eqs. 9 and 31.
+    """
+    _check_noises(sigma_min, sigma_max)
+    return Exploding(sigma_min=sigma_min, sigma_max=sigma_max)
+
+
+@struct.dataclass
+class EDMSchedule:
+    """α = 1 and σ = (σ_min^{1/ρ} + t (σ_max^{1/ρ} − σ_min^{1/ρ}))^ρ."""
+
+    sigma_min: Scalar
+    sigma_max: Scalar
+    rho: Scalar
+
+    def __call__(self, t: Time) -> tuple[Time, Time]:
+        """(α, σ) at t."""
+        low = jnp.asarray(self.sigma_min, t.dtype) ** (1.0 / self.rho)
+        high = jnp.asarray(self.sigma_max, t.dtype) ** (1.0 / self.rho)
+        return jnp.ones_like(t), (low + t * (high - low)) ** self.rho
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> EDMSchedule:
+    """The noise levels of EDM, parametrised so that a uniform grid in t is Karras's grid.
+
+    α = 1, σ(t) = (σ_min^{1/ρ} + t (σ_max^{1/ρ} − σ_min^{1/ρ}))^ρ.
+
+    Args:
+        sigma_min: noise at t = 0, > 0.
+        sigma_max: noise at t = 1, > sigma_min.
+        rho: the warp, ≥ 1; larger spends more steps at small noise.
+
+    Raises:
+        ValueError: for an argument outside its range.
+
+    Note: the paper writes its processes with σ = t; only the clock differs, which no marginal sees.
+
+    References: Karras et al. 2022, arXiv:2206.00364, eq. 5.
+    """
+    _check_noises(sigma_min, sigma_max)
+    if rho < 1.0:
+        raise ValueError(f"rho must be at least 1, got {rho}.")
+    return EDMSchedule(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+
+
+@struct.dataclass
+class Straight:
+    """α = 1 − t and σ = t."""
+
+    def __call__(self, t: Time) -> tuple[Time, Time]:
+        """(α, σ) at t."""
+        return 1.0 - t, t
+
+
+def straight() -> Straight:
+    """The straight path of flow matching and rectified flow: α = 1 − t, σ = t.
+
+    References: Lipman et al. 2023, arXiv:2210.02747, eq. 20; Liu et al. 2023, arXiv:2209.03003.
+    """
+    return Straight()
+
+
+@struct.dataclass
+class TabulatedBeta:
+    """α = exp of a table of log α at t = 0, 1/T, …, 1, linear in between; σ = √(1 − α²)."""
+
+    log_alphas: Float[Array, "T+1"] | np.ndarray | object
+
+    def __call__(self, t: Time) -> tuple[Time, Time]:
+        """(α, σ) at t."""
+        table = jnp.asarray(self.log_alphas, t.dtype)
+        return _variance_preserving(jnp.interp(t, jnp.linspace(0.0, 1.0, table.shape[0]), table))
+
+
+def from_betas(betas: Sequence[float] | np.ndarray) -> TabulatedBeta:
+    """The continuous schedule that passes through a discrete DDPM's ᾱ_i at t = i/T.
+
+    α(i/T)² = ∏_{j ≤ i} (1 − β_j); between two of its times the rate is constant.
+
+    Args:
+        betas: [T] the variances of the T forward steps, each in (0, 1).
+
+    Raises:
+        ValueError: unless betas is a non-empty list of numbers in (0, 1).
+
+    References: Ho et al. 2020, arXiv:2006.11239, eq. 4.
+    """
+    table = np.asarray(betas, np.float64)
+    if table.ndim != 1 or table.size == 0 or not np.all((table > 0.0) & (table < 1.0)):
+        raise ValueError(f"betas must be a list of numbers in (0, 1), got {betas}.")
+    log_alphas = np.concatenate([[0.0], 0.5 * np.cumsum(np.log1p(-table))])
+    return TabulatedBeta(log_alphas=jnp.asarray(log_alphas))
+
+
+def _check_rates(beta_min: float, beta_max: float) -> None:
+    if not 0.0 < beta_min <= beta_max:
+        raise ValueError(
+            f"beta_min and beta_max must satisfy 0 < beta_min <= beta_max, "
+            f"got beta_min={beta_min}, beta_max={beta_max}."
+        )
+
+
+def _check_noises(sigma_min: float, sigma_max: float) -> None:
+    if not 0.0 < sigma_min < sigma_max:
+        raise ValueError(
+            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, "
+            f"got sigma_min={sigma_min}, sigma_max={sigma_max}."
+        )

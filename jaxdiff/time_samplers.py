@@ -1,0 +1,94 @@
+"""Times to train at: t ~ r(t), with 1/r(t) to undo the choice.
+
+A time sampler draws the times of a batch, (key, process, n) ↦ (t, 1/r), so that the mean of
+w(t)/r(t) estimates ∫ w(t) dt over [t_min, 1] whatever r. The choice of r changes only the variance
+of the loss.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxdiff.processes.base import SDE
+from jaxdiff.processes.gaussian import Gaussian
+from jaxdiff.schedules import time_of_log_snr
+from jaxdiff.typing import Key
+
+__all__ = ["TimeSampler", "log_normal", "low_discrepancy", "uniform"]
+
+TimeSampler = Callable[[Key, Gaussian, int], tuple[Float[Array, "n"], Float[Array, "n"]]]
+"""(key, process, n) ↦ (t [n], 1/r(t) [n])."""
+
+
+def uniform(t_min: float = 1e-5) -> TimeSampler:
+    """t ~ U[t_min, 1], independently.
+
+    Args:
+        t_min: the smallest time, in (0, 1); below it the score of clean data grows without bound.
+
+    Raises:
+        ValueError: unless 0 < t_min < 1.
+    """
+    _check(t_min)
+    return partial(_uniform, t_min)
+
+
+def _uniform(t_min: float, key: Key, process: SDE, n: int):
+    t = t_min + (1.0 - t_min) * jax.random.uniform(key, (n,))
+    return t, jnp.full(n, 1.0 - t_min)
+
+
+def low_discrepancy(t_min: float = 1e-5) -> TimeSampler:
+    """t_i = (u + i/n) mod 1, one u a batch: each t uniform, the batch evenly spread.
+
+    Args:
+        t_min: the smallest time, in (0, 1).
+
+    Raises:
+        ValueError: unless 0 < t_min < 1.
+
+    References: Kingma et al. 2021, arXiv:2107.00630, appendix I.1.
+    """
+    _check(t_min)
+    return partial(_low_discrepancy, t_min)
+
+
+def _low_discrepancy(t_min: float, key: Key, process: SDE, n: int):
+    spread = (jax.random.uniform(key) + jnp.arange(n) / n) % 1.0
+    return t_min + (1.0 - t_min) * spread, jnp.full(n, 1.0 - t_min)
+
+
+def log_normal(mean: float = -1.2, std: float = 1.2, t_min: float = 1e-5) -> TimeSampler:
+    """log σ̃ ~ N(mean, std²) with σ̃ = σ/α: EDM's training distribution of noise levels.
+
+    Args:
+        mean: of log σ̃.
+        std: of log σ̃, > 0.
+        t_min: times below it are moved up to it, in (0, 1).
+
+    Raises:
+        ValueError: unless std > 0 and 0 < t_min < 1.
+
+    Note: in EDM the log-normal is part of the objective and not an importance sampler of another
+        one, so the factor that comes with its times is 1.
+
+    References: Karras et al. 2022, arXiv:2206.00364, table 1 (P_mean, P_std).
+    """
+    _check(t_min)
+    if not std > 0.0:
+        raise ValueError(f"std must be positive, got {std}.")
+    return partial(_log_normal, mean, std, t_min)
+
+
+def _log_normal(mean: float, std: float, t_min: float, key: Key, process: Gaussian, n: int):
+    log_snr = -2.0 * (mean + std * jax.random.normal(key, (n,)))
+    t = jax.vmap(lambda value: time_of_log_snr(process.schedule, value))(log_snr)
+    return jnp.clip(t, t_min, 1.0), jnp.ones(n)
+
+
+def _check(t_min: float) -> None:
+    if not 0.0 < t_min < 1.0:
+        raise ValueError(f"t_min must lie in (0, 1), got {t_min}.")

@@ -1,0 +1,101 @@
+"""Loss weights over time.
+
+The denoising loss is the squared error of the noise, ‖ε̂ − ε‖², times a weight w(t). Seen as an
+error of the score it is σ²‖ŝ − s‖², and as an error of the data SNR·‖x̂_0 − x_0‖²: every weighting
+in use is a w(t) on one of the three, stated here on the first. Whatever w > 0, the minimiser is the
+true score; the weight decides where a finite network spends its errors.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+
+from jaxdiff.processes.base import SDE
+from jaxdiff.processes.gaussian import Gaussian
+from jaxdiff.typing import Time
+
+__all__ = ["Weighting", "edm", "likelihood", "min_snr", "p2", "simple"]
+
+Weighting = Callable[[Gaussian, Time], Time]
+"""(process, t) ↦ w(t) ≥ 0, the weight of ‖ε̂ − ε‖²."""
+
+
+def simple(process: SDE, t: Time) -> Time:
+    """w = 1: L_simple, the perceptual choice λ = σ² on the score.
+
+    References: Ho et al. 2020, arXiv:2006.11239, eq. 14.
+    """
+    return jnp.ones_like(t)
+
+
+def likelihood(process: Gaussian, t: Time) -> Time:
+    """w = g²/σ²: λ = g² on the score, for which half the loss bounds −log p(x_0).
+
+    References: Song et al. 2021, arXiv:2101.09258, eq. 7 and theorem 1.
+    """
+    _, sigma = process.schedule(t)
+    return (process.diffusion(t) / sigma) ** 2
+
+
+def edm(sigma_data: float = 0.5) -> Weighting:
+    """w = (σ̃² + σ_d²)/σ_d² with σ̃ = σ/α: unit effective weight of EDM's network at every level.
+
+    On x_0 it is the paper's λ = (σ̃² + σ_d²)/(σ̃ σ_d)². Use it with the log-normal time sampler.
+
+    Args:
+        sigma_data: standard deviation of the data, > 0.
+
+    Raises:
+        ValueError: unless sigma_data > 0.
+
+    References: Karras et al. 2022, arXiv:2206.00364, table 1.
+    """
+    if not sigma_data > 0.0:
+        raise ValueError(f"sigma_data must be positive, got {sigma_data}.")
+    return partial(_edm, sigma_data)
+
+
+def _edm(sigma_data: float, process: Gaussian, t: Time) -> Time:
+    return 1.0 + jnp.exp(-process.log_snr(t)) / sigma_data**2
+
+
+def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
+    """w = (k + SNR)^−γ: less weight on the nearly clean images; γ = 0 is `simple`.
+
+    Args:
+        gamma: strength, ≥ 0.
+        k: where the damping sets in, > 0.
+
+    Raises:
+        ValueError: unless gamma ≥ 0 and k > 0.
+
+    References: Choi et al. 2022, arXiv:2204.00227, eq. 8.
+    """
+    if not (gamma >= 0.0 and k > 0.0):
+        raise ValueError(f"p2 needs gamma >= 0 and k > 0, got gamma={gamma}, k={k}.")
+    return partial(_p2, gamma, k)
+
+
+def _p2(gamma: float, k: float, process: Gaussian, t: Time) -> Time:
+    return (k + jnp.exp(process.log_snr(t))) ** -gamma
+
+
+def min_snr(gamma: float = 5.0) -> Weighting:
+    """w = min(SNR, γ)/SNR: on x_0, the SNR clipped from above at γ.
+
+    Args:
+        gamma: the clip, > 0.
+
+    Raises:
+        ValueError: unless gamma > 0.
+
+    References: Hang et al. 2023, arXiv:2303.09556, eq. 8 and section 3.4.
+    """
+    if not gamma > 0.0:
+        raise ValueError(f"gamma must be positive, got {gamma}.")
+    return partial(_min_snr, gamma)
+
+
+def _min_snr(gamma: float, process: Gaussian, t: Time) -> Time:
+    return jnp.minimum(1.0, gamma * jnp.exp(-process.log_snr(t)))
