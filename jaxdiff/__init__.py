@@ -9,7 +9,6 @@ from jaxdiff.distributions import Normal as Normal
 from jaxdiff.guidance.cfg import CFG as CFG
 from jaxdiff.objectives.denoising import denoising as denoising
 from jaxdiff.parameterizations import NetDenoiser as NetDenoiser
-from jaxdiff.parameterizations import edm as edm_preconditioning
 from jaxdiff.parameterizations import epsilon as epsilon
 from jaxdiff.parameterizations import score as score
 from jaxdiff.parameterizations import v as v

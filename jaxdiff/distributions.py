@@ -13,7 +13,7 @@ makes batches of them.
 """
 
 import math
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,8 @@ class Distribution(Protocol):
         """The log-density (or log-mass) of one event, in nats."""
         ...
 
-    def kl(self, other: Self) -> Float[Array, ""]:
-        """KL(self ‖ other), in nats."""
+    def kl(self, other: Any) -> Float[Array, ""]:
+        """KL(self ‖ other) to another of its kind, in nats."""
         ...
 
 

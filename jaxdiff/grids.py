@@ -8,14 +8,13 @@ Runge–Kutta) want a grid that stops above 0 where σ(0) = 0.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.core import Tracer
 
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.schedules import time_of_log_snr
+from jaxdiff.typing import Grid
 
 __all__ = ["check", "karras", "uniform", "uniform_log_snr"]
-
-Grid = Float[Array, "steps+1"]
 
 
 def uniform(steps: int, *, start: float = 1.0, end: float = 0.0) -> Grid:
@@ -56,8 +55,7 @@ def uniform_log_snr(
 
     References: Lu et al. 2022, arXiv:2206.00927, section 3.3.
     """
-    times = _warped(process, steps, start, end, to_zero, lambda snr: snr, lambda level: level)
-    return times
+    return _warped(process, steps, start, end, to_zero, lambda snr: snr, lambda level: level)
 
 
 def karras(
@@ -108,7 +106,7 @@ def check(grid: Grid) -> None:
     """
     if grid.ndim != 1 or grid.shape[0] < 2:
         raise ValueError(f"grid must be a list of at least two times, got shape {grid.shape}.")
-    if isinstance(grid, jax.core.Tracer):
+    if isinstance(grid, Tracer):
         return
     times = np.asarray(grid)
     if not (np.all(np.diff(times) < 0.0) and times[0] <= 1.0 and times[-1] >= 0.0):

@@ -17,11 +17,11 @@ from jaxdiff.typing import Batch
 __all__ = ["check_divisible", "data_mesh", "replicate", "shard_batch", "start_distributed"]
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of one axis, "data", over the devices.
 
     Args:
-        devices: the devices to use; all devices of all processes if None.
+        devices: the `jax.Device`s to use; all devices of all processes if None.
 
     Returns:
         A mesh of shape {"data": number of devices}.
@@ -40,7 +40,16 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     Returns:
         The tree with sharding P() over the mesh.
     """
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    sharding = NamedSharding(mesh, P())
+
+    def put(leaf: Any) -> Any:
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            # device_put of a typed key refuses devices of another process.
+            data = jax.device_put(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(put, tree)
 
 
 def shard_batch(batch: Mapping[str, Any], mesh: Mesh) -> Batch:

@@ -23,7 +23,7 @@ coordinate in which a smooth embedding keeps the drift smooth in t and adaptive 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,7 @@ def log_sigma(process: Gaussian, t: Time) -> Time:
     return -0.5 * jnp.clip(process.log_snr(t), -20.0, 20.0)
 
 
+@runtime_checkable
 class Parameterization(Protocol):
     """An affine map from the network's output to the moments of x_0; for one example."""
 

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Samples = Real[np.ndarray, "..."] | Real[Array, "..."]
-Picture = UInt8[np.ndarray, "height width *channels"]
+Picture = UInt8[np.ndarray, "_ _ *_"]
 Target = str | PathLike[str] | None
 
 TILE = 64

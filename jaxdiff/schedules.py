@@ -293,9 +293,9 @@ def straight() -> Straight:
 
 @struct.dataclass
 class TabulatedBeta:
-    """α = exp of a table of log α at t = 0, 1/T, …, 1, linear in between; σ = √(1 − α²)."""
+    """α = exp of a table [T + 1] of log α at t = 0, 1/T, …, 1, linear in between; σ = √(1 − α²)."""
 
-    log_alphas: Float[Array, "T+1"] | np.ndarray | object
+    log_alphas: Scalar
 
     def __call__(self, t: Time) -> tuple[Time, Time]:
         """(α, σ) at t."""

@@ -14,6 +14,7 @@ negative step, and give wrong samples without an error; so whatever runs from t 
 solved on the clock τ = −t, which also keeps every digit of a small t.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,12 +23,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxdiff import grids
 from jaxdiff.compile import jit
 from jaxdiff.processes.base import SDE, Denoiser, example_keys, score, velocity
-from jaxdiff.typing import Key, Scalar, State, Time
+from jaxdiff.typing import Grid, Key, Scalar, State, Time
 
 __all__ = [
     "Flow",
@@ -72,7 +74,7 @@ def reverse_sde(
     denoise: Denoiser,
     key: Key,
     x: Float[Array, "b ..."],
-    grid: Float[Array, "steps+1"],
+    grid: Grid,
     *,
     solver: diffrax.AbstractSolver | None = None,
     eta: Scalar = 1.0,
@@ -212,7 +214,7 @@ def log_likelihood(
         raise ValueError(f"probes must be at least 1, or None for the exact trace, got {probes}.")
     if probes is not None and key is None:
         raise ValueError("probes need a key: pass key=jax.random.key(seed).")
-    keys = None if probes is None else example_keys(key, x.shape[0])
+    keys = None if key is None else example_keys(key, x.shape[0])
     return _log_likelihood(
         process,
         denoise,
@@ -241,8 +243,9 @@ def _reverse_sde(process, denoise, keys, x, grid, eta, *, solver):
         scale = jnp.broadcast_to(eta * process.diffusion(-clock), x.shape)
         return lineax.DiagonalLinearOperator(scale.astype(x.dtype))
 
-    noise = _ExampleNoise(keys, jax.ShapeDtypeStruct(x.shape[1:], x.dtype), _levy_area(solver))
-    return diffrax.diffeqsolve(
+    shape = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    noise = _ExampleNoise(keys=keys, shape=shape, levy_area=_levy_area(solver))
+    solution = diffrax.diffeqsolve(
         diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, noise)),
         solver,
         -grid[0],
@@ -251,7 +254,9 @@ def _reverse_sde(process, denoise, keys, x, grid, eta, *, solver):
         x,
         stepsize_controller=diffrax.StepTo(-grid),
         max_steps=grid.shape[0] - 1,
-    ).ys[-1]
+    )
+    assert solution.ys is not None
+    return solution.ys[-1]
 
 
 @jit
@@ -349,6 +354,7 @@ def _calls_per_step(solver: diffrax.AbstractSolver) -> tuple[int, int]:
     if isinstance(solver, diffrax.Euler):
         return 1, 0
     if isinstance(solver, diffrax.AbstractERK):
+        assert isinstance(solver.tableau, diffrax.ButcherTableau)
         first = int(solver.tableau.fsal)  # the last stage of a step is the first of the next
         return solver.tableau.num_stages - first, first
     raise ValueError(
@@ -371,7 +377,7 @@ def _worst_example(error) -> Array:
 
 
 def _time(name: str, t: Scalar) -> Time:
-    if not isinstance(t, jax.core.Tracer) and not 0.0 <= float(t) <= 1.0:
+    if not isinstance(t, Tracer) and not 0.0 <= float(t) <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {t}.")
     return jnp.asarray(t, jnp.result_type(float))
 
@@ -382,14 +388,8 @@ class _ExampleNoise(diffrax.AbstractBrownianPath):
     keys: Key
     shape: jax.ShapeDtypeStruct = eqx.field(static=True)
     levy_area: type = eqx.field(static=True)
-
-    @property
-    def t0(self):
-        return -jnp.inf
-
-    @property
-    def t1(self):
-        return jnp.inf
+    t0: float = eqx.field(static=True, default=-math.inf)
+    t1: float = eqx.field(static=True, default=math.inf)
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
         def increment(key):
@@ -415,8 +415,10 @@ class _FirstAttempts(diffrax.AbstractStepSizeController):
         start, state = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
         return start, (state, jnp.asarray(0), jnp.asarray(False))
 
-    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, error_order, state):
-        inner, attempts, begun = state
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        inner, attempts, begun = controller_state
         keep, start, end, jump, inner, result = self.controller.adapt_step_size(
             t0, t1, y0, y1_candidate, args, y_error, error_order, inner
         )

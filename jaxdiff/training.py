@@ -141,7 +141,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
-        ema_params = optax.tree.cast_like(ema_params, params)  # decay is float64 under x64
+        ema_params = optax.tree.cast_like(ema_params, params)  # d is float32
         metrics |= {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema_params, opt_state, state.key), metrics
 
@@ -287,7 +287,7 @@ def fit(
             _check_losses(meter.pause(), step, checkpoints)
             if log_due:
                 row = meter.row(batch_size=next(iter(batch.values())).shape[0])
-                bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "examples/s")})
+                bar.set_postfix_str(f"loss {row['loss']:.4g}, {row['examples/s']:.0f} examples/s")
                 log(step, row)
             if save_due and checkpoints is not None:
                 _check_parameters(state, step, checkpoints)
@@ -310,7 +310,7 @@ class _Meter:
 
     def __init__(self):
         self._pending: list[Metrics] = []  # on the device
-        self._fetched: list[Metrics] = []
+        self._fetched: list[dict[str, Any]] = []  # on the host
         self._seconds = 0.0
         self.go_on()
 
@@ -322,7 +322,7 @@ class _Meter:
         """Keeps the metrics of one more step, without waiting for them."""
         self._pending.append(metrics)
 
-    def pause(self) -> list[Metrics]:
+    def pause(self) -> list[dict[str, Any]]:
         """Waits for the device, stops the clock, and returns what was added since last time."""
         fetched, self._pending = jax.device_get(self._pending), []
         self._fetched += fetched
@@ -392,7 +392,7 @@ def _resume(state: TrainState, checkpoints: Any, mesh: Mesh | None) -> TrainStat
     return state if mesh is None else replicate(state, mesh)
 
 
-def _check_losses(metrics: list[Metrics], last: int, checkpoints: Any) -> None:
+def _check_losses(metrics: list[dict[str, Any]], last: int, checkpoints: Any) -> None:
     """Raises for the first loss that is not finite; the metrics are of the steps up to `last`."""
     first = last - len(metrics) + 1
     for step, row in enumerate(metrics, first):
@@ -409,10 +409,9 @@ def _check_parameters(state: TrainState, step: int, checkpoints: Any) -> None:
 
 
 def _remedy(checkpoints: Any) -> str:
-    step = None if checkpoints is None else checkpoints.latest_step()
-    if step is None:
-        return "there is no checkpoint yet"
-    return f"the last good checkpoint is step {step} in {checkpoints.directory}"
+    if checkpoints is None or checkpoints.latest_step() is None:
+        return "there is no checkpoint"
+    return f"the last good checkpoint is {checkpoints.directory / str(checkpoints.latest_step())}"
 
 
 @jax.jit
@@ -452,7 +451,7 @@ def _sigterm(*, listen: bool) -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def _log(workdir: Path | None, start: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+def _log(workdir: Path | None, start: int) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
     """A function (step, row) that adds to metrics.jsonl and TensorBoard, from step `start` on."""
     if workdir is None:
         yield lambda step, row: None
@@ -466,7 +465,7 @@ def _log(workdir: Path | None, start: int) -> Iterator[Callable[[int, Mapping[st
         SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1) as events,
     ):
 
-        def log(step: int, row: Mapping[str, float]) -> None:
+        def log(step: int, row: Mapping[str, Any]) -> None:
             now = time.time()
             values = {name: float(value) for name, value in row.items()}
             # JSON knows no nan: a metric, unlike the loss, may be one.
@@ -490,6 +489,6 @@ def _forget_rows_after(step: int, path: Path) -> None:
 
 def _row_step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except json.JSONDecodeError:
         return math.inf

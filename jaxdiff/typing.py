@@ -8,15 +8,20 @@ where a docstring says so.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+import jaxtyping
+from jaxtyping import Array, Float, Shaped, UInt32
 
-__all__ = ["Array", "Batch", "Data", "Key", "Metrics", "Params", "Scalar", "State", "Time"]
+__all__ = ["Array", "Batch", "Data", "Grid", "Key", "Metrics", "Params", "Scalar", "State", "Time"]
 
-Key = PRNGKeyArray
-"""A JAX random key, typed (`jax.random.key`) or legacy (`jax.random.PRNGKey`)."""
+Key = jaxtyping.Key[Array, "..."] | UInt32[Array, "..."]
+"""A JAX random key, typed (`jax.random.key`) or legacy (`jax.random.PRNGKey`), or an array of
+them."""
 
 Time = Float[Array, ""]
 """Diffusion time in [0, 1]; data at 0, the prior at 1."""
+
+Grid = Float[Array, "times"]
+"""Decreasing times from the prior's to the data's: one more than there are steps."""
 
 Data = Float[Array, "*data"]
 """One point of data space x_0, or a batch of them."""

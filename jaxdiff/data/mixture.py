@@ -76,9 +76,8 @@ class GaussianMixture:
 
     def diffused(self, alpha: Scalar, sigma: Scalar) -> "GaussianMixture":
         """The mixture of x_t = alpha x_0 + sigma ε, ε ~ N(0, I)."""
-        return self.replace(
-            means=alpha * self.means, variances=alpha**2 * self.variances + sigma**2
-        )
+        variances = alpha**2 * self.variances + sigma**2
+        return GaussianMixture(self.weights, alpha * self.means, variances, self.axes)
 
     def denoise(
         self, x: Float[Array, "d"], alpha: Scalar, sigma: Scalar

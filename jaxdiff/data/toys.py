@@ -4,7 +4,7 @@ They are the generators of FFJORD (Grathwohl et al. 2018, arXiv 1810.01367) in c
 latent angle is drawn from its law and not from a fixed list. Each density is then one of
 
     a finite mixture or a uniform law        8gaussians, checkerboard   closed form
-    a circle smeared by Gaussian noise       rings, circles             closed form, a Bessel function
+    a circle smeared by Gaussian noise       rings, circles             closed form, Bessel
     a curve smeared by noise, ∫ p(x|u) du    moons, swissroll, 2spirals Gauss–Legendre in u
     a smooth map of Gaussian noise           pinwheel                   change of variables
 
@@ -127,7 +127,7 @@ def _moons_curves(angle: np.ndarray) -> np.ndarray:
     return np.concatenate([outer, inner])
 
 
-_MOONS_ANGLES, _MOONS_WEIGHTS = _legendre(0, np.pi, 128)
+_MOONS_ANGLES, _MOONS_WEIGHTS = _legendre(0.0, np.pi, 128)
 _MOONS_NODES = _moons_curves(_MOONS_ANGLES)
 _MOONS_LOG_WEIGHTS = np.log(np.tile(_MOONS_WEIGHTS / np.pi, 2) / 2)
 
@@ -231,7 +231,7 @@ pinwheel = Toy(_draw_pinwheel, _log_pinwheel, entropy=2.3178)
 _SPIRAL_STD = 0.1
 _SPIRAL_BOX = 1 / 6
 _SPIRAL_END = 3 * np.pi
-_SPIRAL_ANGLES, _SPIRAL_WEIGHTS = _legendre(0, _SPIRAL_END, 512)
+_SPIRAL_ANGLES, _SPIRAL_WEIGHTS = _legendre(0.0, _SPIRAL_END, 512)
 _SPIRAL_CORNERS = (
     _SPIRAL_ANGLES[:, None] / 3 * np.stack([-np.cos(_SPIRAL_ANGLES), np.sin(_SPIRAL_ANGLES)], 1)
 )

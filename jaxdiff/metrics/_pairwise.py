@@ -20,7 +20,7 @@ BLOCK = 1024
 Samples = Real[np.ndarray, "..."] | Real[Array, "..."]
 """A set of samples [n, ...] of any shape, in NumPy or JAX."""
 
-Vectors = Float[np.ndarray, "n d"]
+Vectors = Float[np.ndarray, "_ _"]
 """The same set as rows of float64."""
 
 
@@ -51,7 +51,7 @@ def blocks(x: np.ndarray) -> Iterator[np.ndarray]:
         yield x[start : start + BLOCK]
 
 
-def distances(x: Vectors, y: Vectors) -> Iterator[Float[np.ndarray, "block m"]]:
+def distances(x: Vectors, y: Vectors) -> Iterator[Float[np.ndarray, "_ _"]]:
     """|x_i − y_j|, a block of rows i at a time."""
     y_squared = (y**2).sum(1)
     for block in blocks(x):

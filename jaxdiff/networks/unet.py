@@ -57,14 +57,39 @@ def _groups(channels: int) -> int:
 
 
 class _Norm(nn.Module):
-    """Group normalisation with statistics in float32."""
+    """Group normalisation, its gain and offset adapted per example if `scale` and `shift` are given.
+
+    (1 + scale) (gain (x - mean) / std + offset) + shift, in one pass over x for the statistics
+    (sums of x and of x², in float32) and one for the result.
+    """
 
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Image) -> Image:
-        groups = _groups(x.shape[-1])
-        return nn.GroupNorm(groups, epsilon=1e-6, dtype=_wide(self.dtype))(x).astype(self.dtype)
+    def __call__(
+        self,
+        x: Image,
+        scale: Float[Array, "b c"] | None = None,
+        shift: Float[Array, "b c"] | None = None,
+    ) -> Image:
+        b, h, w, c = x.shape
+        groups = _groups(c)
+        wide = x.astype(_wide(self.dtype))
+
+        def group_mean(total: Float[Array, "b c"]) -> Float[Array, "b c"]:
+            mean = total.reshape(b, groups, -1).sum(-1) / (h * w * c // groups)
+            return jnp.repeat(mean, c // groups, axis=1)
+
+        mean = group_mean(wide.sum((1, 2)))
+        var = group_mean(jnp.square(wide).sum((1, 2))) - jnp.square(mean)
+        gain = self.param("scale", nn.initializers.ones, (c,))[None, :]
+        gain = gain * jax.lax.rsqrt(jnp.maximum(var, 0.0) + 1e-6)
+        offset = self.param("bias", nn.initializers.zeros, (c,))[None, :] - gain * mean
+        if scale is not None:
+            gain, offset = gain * (1 + scale), offset * (1 + scale)
+        if shift is not None:
+            offset = offset + shift
+        return (wide * gain[:, None, None, :] + offset[:, None, None, :]).astype(self.dtype)
 
 
 class _ResBlock(nn.Module):
@@ -84,12 +109,10 @@ class _ResBlock(nn.Module):
             h, x = self.resample(h), self.resample(x)
         h = conv((3, 3))(h)
         injected = nn.Dense((1 + self.scale_shift) * self.channels, dtype=self.dtype)(condition)
-        injected = injected[:, None, None, :]
         if self.scale_shift:
-            scale, shift = jnp.split(injected, 2, axis=-1)
-            h = _Norm(self.dtype)(h) * (1 + scale) + shift
+            h = _Norm(self.dtype)(h, *jnp.split(injected, 2, axis=-1))
         else:
-            h = _Norm(self.dtype)(h + injected)
+            h = _Norm(self.dtype)(h + injected[:, None, None, :])
         h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not self.has_rng("dropout"))
         h = conv((3, 3), kernel_init=_zeros)(h)
         if self.resample is not None or x.shape[-1] != self.channels:
@@ -106,12 +129,17 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Image) -> Image:
         b, h, w, c = x.shape
-        qkv = nn.Dense(3 * c, dtype=self.dtype)(_Norm(self.dtype)(x))
-        q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, c // self.heads), 2, 0)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=_wide(self.dtype))
-        weights = jax.nn.softmax(logits / math.sqrt(c // self.heads)).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, h, w, c)
-        return (x + nn.Dense(c, kernel_init=_zeros, dtype=self.dtype)(mixed)) / math.sqrt(2)
+        # Pixels as rows of one matrix: the gradient of a product with two leading axes is slow on
+        # a CPU.
+        pixels = _Norm(self.dtype)(x).reshape(b * h * w, c)
+
+        def project() -> Float[Array, "b n heads d"]:
+            y = nn.Dense(c, dtype=self.dtype)(pixels)
+            return y.reshape(b, h * w, self.heads, c // self.heads)
+
+        mixed = jax.nn.dot_product_attention(project(), project(), project())
+        out = nn.Dense(c, kernel_init=_zeros, dtype=self.dtype)(mixed.reshape(b * h * w, c))
+        return (x + out.reshape(x.shape)) / math.sqrt(2)
 
 
 class UNet(nn.Module):

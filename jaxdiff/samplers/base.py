@@ -5,7 +5,7 @@ without compiling anew, and it carries whatever it remembers (a multistep histor
 explicit state. `sample` scans it over a time grid in one compiled program.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxdiff import grids
 from jaxdiff.compile import jit
 from jaxdiff.processes.base import Denoiser, example_keys
-from jaxdiff.typing import Key, State, Time
+from jaxdiff.typing import Grid, Key, State, Time
 
 __all__ = ["Step", "StepState", "sample"]
 
@@ -22,6 +22,7 @@ StepState = Any
 """What a step remembers: a pytree of arrays, fixed in structure and shape."""
 
 
+@runtime_checkable
 class Step(Protocol):
     """One step of a sampler, on a batch of states that share their time."""
 
@@ -39,7 +40,7 @@ class Step(Protocol):
 def sample(
     step: Step,
     denoise: Denoiser,
-    grid: Float[Array, "steps+1"],
+    grid: Grid,
     key: Key,
     x: Float[Array, "b ..."],
     *,
