@@ -9,6 +9,7 @@ bit without complaint, and a run must not go on from one.
 
 import os
 import shutil
+import textwrap
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -100,7 +101,7 @@ class Checkpoints:
             step=items["train"]["step"],
             params=items["params"],
             ema_params=items["ema"],
-            opt_state=items.get("opt", abstract_state.opt_state),
+            opt_state=items["opt"],
             key=items["train"]["key"],
         )
 
@@ -203,14 +204,12 @@ def _reader(path: str | os.PathLike[str]) -> Any:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    items = {
+    return {
         "params": state.params,
         "ema": state.ema_params,
         "opt": state.opt_state,
         "train": {"step": state.step, "key": state.key},
     }
-    # Plain gradient descent has a state without leaves, and orbax refuses an empty item.
-    return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
 
 def _restore_newest(manager: Any, targets: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
@@ -223,7 +222,7 @@ def _restore_newest(manager: Any, targets: dict[str, Any]) -> tuple[int, dict[st
             continue
         for bad, error in failures.items():
             warnings.warn(
-                f"checkpoint {bad} in {manager.directory} is damaged ({_first_line(error)}); "
+                f"checkpoint {bad} in {manager.directory} is damaged ({_brief(error)}); "
                 f"going back to {step}",
                 RuntimeWarning,
                 stacklevel=3,
@@ -233,7 +232,7 @@ def _restore_newest(manager: Any, targets: dict[str, Any]) -> tuple[int, dict[st
         newest = failures[max(failures)]
         raise CheckpointError(
             f"no checkpoint in {manager.directory} can be restored: all are damaged or of another "
-            f"model ({_first_line(newest)})"
+            f"model ({_brief(newest)})"
         ) from newest
     return None
 
@@ -282,5 +281,5 @@ def _raw_keys(tree: Any) -> Any:
     return jax.tree.map(raw, tree)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _brief(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 160)

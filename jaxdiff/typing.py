@@ -5,13 +5,13 @@ nothing. All maths is written for one example and a scalar time; a leading batch
 where a docstring says so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jaxtyping
 from jaxtyping import Array, Float, Shaped, UInt32
 
-__all__ = ["Array", "Batch", "Data", "Grid", "Key", "Metrics", "Params", "Scalar", "State", "Time"]
+__all__ = ["Array", "Batch", "Data", "Grid", "Key", "Metrics", "Objective", "Params", "Scalar", "State", "Time"]
 
 Key = jaxtyping.Key[Array, "..."] | UInt32[Array, "..."]
 """A JAX random key, typed (`jax.random.key`) or legacy (`jax.random.PRNGKey`), or an array of
@@ -37,6 +37,9 @@ Batch = Mapping[str, Shaped[Array, "b ..."]]
 
 Metrics = dict[str, Array]
 """Named numbers, per example [b] or scalar."""
+
+Objective = Callable[[Params, Key, Batch], tuple[Float[Array, "b"], Metrics]]
+"""(params, key, batch) ↦ (loss [b], metrics): what training minimises the mean of."""
 
 if TYPE_CHECKING:
     Scalar = float | Array

@@ -31,9 +31,9 @@ def grids():
     points = jnp.asarray(np.stack(np.meshgrid(middle, middle, indexing="ij"), -1), jnp.float32)
 
     def density(name):
-        # Where an upper bound says that nothing is, nothing need be computed.
-        near = np.asarray(jnp.linalg.norm(points, axis=-1) < 5.5).reshape(-1)
-        near |= name == "pinwheel" or name == "checkerboard"
+        # All but the pinwheel's rare arms and the checkerboard's corners lie within 5.5.
+        near = np.array(jnp.linalg.norm(points, axis=-1) < 5.5).reshape(-1)
+        near |= name in ("pinwheel", "checkerboard")
         log_p = np.full(near.size, -np.inf)
         inside = points.reshape(-1, 2)[near]
         values = jax.lax.map(TOYS[name].log_prob, inside, batch_size=4096)
@@ -158,7 +158,7 @@ def test_two_spirals_density_by_brute_force():
 def test_pinwheel_density_counts_every_preimage():
     """A Monte-Carlo count in a small disc, far out where the map folds and several f lead to x."""
     rng = np.random.default_rng(0)
-    f = rng.normal(size=(4_000_000, 2)) * [0.3, 0.1] + [1, 0]
+    f = rng.normal(size=(1_000_000, 2)) * [0.3, 0.1] + [1, 0]
     for r, angle in [(1.0, 0.3), (1.6, 1.0), (0.4, 0.2)]:
         centre = 2 * r * np.array([np.cos(angle), np.sin(angle)])
         turn = np.exp(f[:, 0]) / 4 + 2 * np.pi / 5 * rng.integers(0, 5, len(f))
@@ -246,11 +246,11 @@ def test_mixture_sample_has_the_moments(mixture):
     np.testing.assert_allclose(np.cov(points.T), cov, atol=0.01)
     nll = -np.asarray(jax.vmap(mixture.log_prob)(jnp.asarray(points[:50_000])))
     # Entropy by quadrature, on an independent grid.
-    middle = np.linspace(-6, 6, 1201)
+    middle = np.linspace(-6, 6, 601)
     grid = np.stack(np.meshgrid(middle, middle), -1)
     normals = [stats.multivariate_normal(m, c).pdf(grid) for m, c in zip(MEANS, COVS, strict=True)]
     p = np.tensordot(WEIGHTS, normals, 1)
-    entropy = -(p * np.log(p + 1e-300)).sum() * 0.01**2
+    entropy = -(p * np.log(p + 1e-300)).sum() * 0.02**2
     assert abs(nll.mean() - entropy) < 4 * nll.std() / len(nll) ** 0.5
     np.testing.assert_allclose(mixture.sample(KEY, 2), points[:2], atol=1e-5)
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,13 @@ import optax
 import pytest
 
 from jaxdiff.checkpoints import CheckpointError, Checkpoints, restore_config, restore_ema
-from jaxdiff.parallel import check_divisible, data_mesh, replicate, shard_batch
+from jaxdiff.parallel import (
+    check_divisible,
+    data_mesh,
+    replicate,
+    shard_batch,
+    start_distributed,
+)
 from jaxdiff.training import (
     NonFiniteLoss,
     fit,
@@ -283,7 +290,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     # When batch 8 is asked for, the save of step 6 has begun, so that of step 3 is complete.
     workdir, note = tmp_path / "killed", tmp_path / "asked"
     killed = subprocess.run(
-        [sys.executable, __file__, str(workdir), str(note)], capture_output=True, timeout=300
+        [sys.executable, __file__, "killed", str(workdir), str(note)],
+        capture_output=True,
+        timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [int(line) for line in note.read_text().split()] == list(range(KILLED_AT))
@@ -315,6 +324,31 @@ def test_a_run_saved_on_four_devices_goes_on_on_one(tmp_path):
     assert int(resumed.step) == STEPS
     assert len(resumed.params["w"].sharding.device_set) == 1
     for x, y in zip(jax.tree.leaves(raw(whole)), jax.tree.leaves(raw(resumed)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, "one_of_two", str(index), port, str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+        )
+        for index in (0, 1)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
+    alone = run(None, Data(), steps=4)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        together = checkpoints.restore_latest(abstract(alone))
+    assert restore_config(tmp_path / "checkpoints") == {"processes": 2}
+    assert [r["step"] for r in rows(tmp_path)] == [2, 4]
+    for x, y in zip(jax.tree.leaves(raw(alone)), jax.tree.leaves(raw(together)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
@@ -546,9 +580,22 @@ def test_a_folder_without_checkpoints_is_refused_and_left_alone(tmp_path):
         Checkpoints(tmp_path, keep=0)
 
 
+def killed(workdir, note):
+    run(workdir, Data(at=KILLED_AT, do=lambda: os.kill(os.getpid(), signal.SIGKILL), note=note))
+
+
+def one_of_two(index, port, workdir):
+    class Half(Data):
+        def __getitem__(self, step):
+            half = self.size // 2
+            return {"x": super().__getitem__(step)["x"][index * half : (index + 1) * half]}
+
+    start_distributed(f"localhost:{port}", 2, index, heartbeat_timeout_seconds=20)
+    run(workdir, Half(), steps=4, mesh=data_mesh(), config={"processes": jax.process_count()})
+
+
 if __name__ == "__main__":
-
-    def kill():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    run(sys.argv[1], Data(at=KILLED_AT, do=kill, note=sys.argv[2]))
+    if sys.argv[1] == "killed":
+        killed(*sys.argv[2:])
+    else:
+        one_of_two(int(sys.argv[2]), *sys.argv[3:])

@@ -192,11 +192,7 @@ def _from_tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -
             "prepare them anew, or convert them with `tfds convert_format`"
         ) from error
     cut = _cut(len(source), (part[0], part[1]), name, split)
-    chunks = [
-        source.__getitems__(list(range(start, min(start + 1024, cut.stop))))
-        for start in range(cut.start, cut.stop, 1024)
-    ]
-    examples = [example for chunk in chunks for example in chunk]
+    examples = [source[i] for i in range(cut.start, cut.stop)]
     x = np.stack([example["image"] for example in examples])
     label_feature = dict(builder.info.features.items()).get("label")
     classes = getattr(label_feature, "num_classes", None) or 0

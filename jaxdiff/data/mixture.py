@@ -31,6 +31,9 @@ else:
     Leaf = Any
 
 
+Numbers = Sequence[Any] | np.ndarray | Array
+
+
 @struct.dataclass
 class GaussianMixture:
     """The density Σ_k w_k N(x; m_k, U_k diag(λ_k) U_kᵀ); make it with `gaussian_mixture`.
@@ -152,9 +155,7 @@ class MixtureDenoiser:
 
 
 def gaussian_mixture(
-    weights: Sequence[float] | np.ndarray,
-    means: Sequence[Sequence[float]] | np.ndarray,
-    stds_or_covs: Sequence[float] | float | np.ndarray,
+    weights: Numbers, means: Numbers, stds_or_covs: Numbers | float
 ) -> GaussianMixture:
     """Make a `GaussianMixture` from weights, means, and standard deviations or covariances.
 

@@ -154,7 +154,7 @@ moons = Toy(_draw_moons, _log_moons, entropy=2.3939)
 
 _ROLL_STD = 0.2
 _ROLL_ENDS = 1.5 * np.pi, 4.5 * np.pi
-_ROLL_ANGLES, _ROLL_WEIGHTS = _legendre(*_ROLL_ENDS, 512)
+_ROLL_ANGLES, _ROLL_WEIGHTS = _legendre(*_ROLL_ENDS, 256)
 _ROLL_NODES = _ROLL_ANGLES[:, None] / 5 * np.stack([np.cos(_ROLL_ANGLES), np.sin(_ROLL_ANGLES)], 1)
 _ROLL_LOG_WEIGHTS = np.log(_ROLL_WEIGHTS / (_ROLL_ENDS[1] - _ROLL_ENDS[0]))
 
@@ -231,7 +231,7 @@ pinwheel = Toy(_draw_pinwheel, _log_pinwheel, entropy=2.3178)
 _SPIRAL_STD = 0.1
 _SPIRAL_BOX = 1 / 6
 _SPIRAL_END = 3 * np.pi
-_SPIRAL_ANGLES, _SPIRAL_WEIGHTS = _legendre(0.0, _SPIRAL_END, 512)
+_SPIRAL_ANGLES, _SPIRAL_WEIGHTS = _legendre(0.0, _SPIRAL_END, 320)
 _SPIRAL_CORNERS = (
     _SPIRAL_ANGLES[:, None] / 3 * np.stack([-np.cos(_SPIRAL_ANGLES), np.sin(_SPIRAL_ANGLES)], 1)
 )

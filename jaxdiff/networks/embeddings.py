@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jaxdiff.typing import Array
@@ -147,7 +148,7 @@ class Conditioning(nn.Module):
     width: int
     embedding: Callable[[Array], Array]
     num_classes: int | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jaxdiff.networks.embeddings import Conditioning, SmoothFeatures
@@ -20,7 +21,7 @@ class MLP(nn.Module):
     dropout: float = 0.0
     embedding: Callable[[Array], Array] = SmoothFeatures()
     num_classes: int | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -23,6 +23,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jaxdiff.networks.embeddings import Conditioning, SmoothFeatures
@@ -35,18 +36,18 @@ Image = Float[Array, "b h w c"]
 _zeros = nn.initializers.zeros
 
 
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
+def _wide(dtype: DTypeLike) -> DTypeLike:
     # Statistics, softmax and the output must not suffer from a narrow computation.
     return jnp.promote_types(jnp.float32, dtype)
 
 
-def _downsample(x: Image) -> Image:
+def _downsample(x: Image) -> Float[Array, "b h2 w2 c"]:
     b, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
     return x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).mean((2, 4))
 
 
-def _upsample(x: Image, shape: tuple[int, int]) -> Image:
+def _upsample(x: Image, shape: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
     return x.reshape(b, 2 * h, 2 * w, c)[:, : shape[0], : shape[1]]
@@ -63,7 +64,7 @@ class _Norm(nn.Module):
     (sums of x and of x², in float32) and one for the result.
     """
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -98,7 +99,7 @@ class _ResBlock(nn.Module):
     channels: int
     dropout: float
     scale_shift: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
     resample: Callable[[Array], Array] | None = None
 
     @nn.compact
@@ -124,7 +125,7 @@ class _Attention(nn.Module):
     """x -> (x + W softmax(Q Kᵀ / √d) V) / √2 over the pixels of an image."""
 
     heads: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
@@ -178,7 +179,7 @@ class UNet(nn.Module):
     embedding: Callable[[Array], Array] = SmoothFeatures()
     scale_shift: bool = False
     num_classes: int | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -9,8 +9,6 @@ has the true score as its minimiser for every weight w > 0, though no score was 
 value is not 0 but the variance that x_t leaves to ε.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -23,10 +21,7 @@ from jaxdiff.time_samplers import TimeSampler, uniform
 from jaxdiff.typing import Batch, Key, Metrics, Params
 from jaxdiff.weightings import Weighting, simple
 
-__all__ = ["Denoising", "Objective", "denoising"]
-
-Objective = Callable[[Params, Key, Batch], tuple[Float[Array, "b"], Metrics]]
-"""(params, key, batch) ↦ (loss [b], metrics)."""
+__all__ = ["Denoising", "denoising"]
 
 
 @struct.dataclass

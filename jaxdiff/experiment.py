@@ -1,0 +1,145 @@
+"""What a config file composes, and what the command line runs.
+
+A config is a Python file with
+
+    @dataclass(frozen=True)
+    class Config:                 # its fields, with their comments, become the run's options
+        ...
+
+    def experiment(config: Config) -> Experiment:
+        ...                       # composes process, network, objective, optimizer, data, sampler
+
+and nothing else is needed to train, sample and evaluate. The run's folder keeps a copy of the file
+and the values as JSON, so that later commands need only the folder.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import optax
+
+from jaxdiff.typing import Array, Key, Objective, Params
+
+__all__ = ["Experiment", "load_config", "load_run", "save_run"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The parts of a run; all are functions, so that nothing is loaded before it is needed.
+
+    Attributes:
+        config: the values, complete: what was left open is filled in, such as the data's shape.
+        init: key ↦ the network's parameters.
+        objective: the training loss.
+        optimizer: the optax transformation.
+        ema_decay: decay of the averaged parameters, in [0, 1).
+        steps: number of updates.
+        seed: of parameters, data order and noise.
+        batches: () ↦ an object whose item i is batch i, a pure function of i.
+        validate: (parameters) ↦ named numbers, at intervals.
+        sample: (parameters, key, n) ↦ n samples in the model's space.
+        trajectory: (parameters, key, n) ↦ (states [times, n, …] from noise to data, times).
+        evaluate: (parameters, key) ↦ a JSON-able report.
+        draw: (samples, path), writes a picture.
+        draw_trajectory: (states, times, path), writes a picture.
+        intervals: how often `fit` logs, evaluates and saves, by its argument names.
+    """
+
+    config: Any
+    init: Callable[[Key], Params]
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    ema_decay: float
+    steps: int
+    seed: int
+    batches: Callable[[], Any]
+    validate: Callable[[Params], Mapping[str, float]]
+    sample: Callable[[Params, Key, int], Array]
+    trajectory: Callable[[Params, Key, int], tuple[Array, Array]]
+    evaluate: Callable[[Params, Key], dict[str, Any]]
+    draw: Callable[[Array, Path], Any]
+    draw_trajectory: Callable[[Array, Array, Path], Any]
+    intervals: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def load_config(path: Path) -> ModuleType:
+    """Imports a config file.
+
+    Args:
+        path: of a Python file that defines `Config` and `experiment`.
+
+    Raises:
+        ValueError: if there is no such file, it cannot be imported or lacks one of the two.
+    """
+    if not path.is_file():
+        raise ValueError(f"CONFIG {path} does not exist; give the path of a config file.")
+    if path.suffix != ".py":
+        raise ValueError(f"CONFIG {path} is not a Python file.")
+    spec = importlib.util.spec_from_file_location(f"jaxdiff_config_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"CONFIG {path} fails on import: {error!r}.") from error
+    for name in ("Config", "experiment"):
+        if not hasattr(module, name):
+            raise ValueError(f"CONFIG {path} does not define {name}.")
+    return module
+
+
+def save_run(folder: Path, source: Path, config: Any) -> None:
+    """Makes a run's folder, or checks that it holds the same run.
+
+    Args:
+        folder: a new or empty folder, or one of a run with the same values (but for `steps`).
+        source: the config file, of which the folder keeps a copy.
+        config: its values.
+
+    Raises:
+        ValueError: if the folder holds something else, or a run with other values.
+    """
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    stored = folder / "config.json"
+    if stored.is_file():
+        previous = json.loads(stored.read_text())
+        for name in sorted(values.keys() | previous.keys()):
+            if name != "steps" and values.get(name) != previous.get(name):
+                raise ValueError(
+                    f"--workdir {folder} holds a run with {name}={previous.get(name)!r}, "
+                    f"not {values.get(name)!r}; give another folder, or that value."
+                )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--workdir {folder} is not empty and not a run; give another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if source.resolve() != (folder / "config.py").resolve():
+        (folder / "config.py").write_text(source.read_text())
+    stored.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def load_run(folder: Path) -> Experiment:
+    """The experiment that a run's folder holds.
+
+    Raises:
+        ValueError: if the folder is no run.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"RUN {folder} is not a folder.")
+    if not (folder / "config.json").is_file() or not (folder / "config.py").is_file():
+        raise ValueError(f"RUN {folder} is not a run: it has no config.json and config.py.")
+    module = load_config(folder / "config.py")
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        lists = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        config = module.Config(**lists)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"RUN {folder} has a config.json that does not fit: {error}.") from error
+    return module.experiment(config)

@@ -1,0 +1,237 @@
+"""Stepping samplers with an exact score: the gate, its mutants, and exact identities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import scipy.stats
+from oracles import GMM5, SCHEDULES, GaussianData, Late, gate, passes
+
+import jaxdiff as jd
+from jaxdiff.data.mixture import gaussian_mixture
+from jaxdiff.processes.base import Denoised
+
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+KEY = jax.random.key(0)
+VP = jd.Gaussian(SCHEDULES["linear_beta"])
+
+
+def start(process, shape, key=KEY):
+    return process.prior(shape).sample(key)
+
+
+def grid_for(name, steps):
+    """Equal steps in t, except where the noise explodes: there in Karras's clock."""
+    process = jd.Gaussian(SCHEDULES[name])
+    if name in ("exploding", "edm", "user"):
+        return jd.grids.karras(process, steps, end=1e-3)
+    return jd.grids.uniform(steps, start=oracles.start_of(name))
+
+
+@every_schedule
+@pytest.mark.parametrize("kind", ["ancestral", "ddim"])
+def test_exact_score_passes_the_gate(name, kind, gmm_data, gmm_null):
+    """A4, C5: every schedule, with the exact denoiser of the five-mode mixture."""
+    process = jd.Gaussian(SCHEDULES[name])
+    step = {"ancestral": jd.Ancestral(process), "ddim": jd.DDIM(process)}[kind]
+    steps = {"ancestral": 1000, "ddim": 200}[kind]
+    x = jd.sample(
+        step, GMM5.denoiser(process), grid_for(name, steps), KEY, start(process, (2000, 2))
+    )
+    found = gate(x, GMM5, gmm_data)
+    assert passes(found, gmm_null), found
+
+
+@pytest.mark.parametrize("variance", ["lower", "upper"])
+def test_both_fixed_variances_pass_the_gate(variance, gmm_data, gmm_null):
+    """A15: β̃ and β, at T = 1000 on DDPM's own schedule."""
+    process = jd.Gaussian(SCHEDULES["from_betas"])
+    denoise = GMM5.denoiser(process)
+    if variance == "upper":
+        denoise = jd.UnitVariance(process, denoise)
+    x = start(process, (2000, 2))
+    x = jd.sample(jd.Ancestral(process), denoise, jd.grids.uniform(1000), KEY, x)
+    found = gate(x, GMM5, gmm_data)
+    assert passes(found, gmm_null), found
+
+
+@pytest.mark.parametrize("mutant", ["late score", "loud noise", "early stop", "no noise"])
+def test_gate_catches_the_mutants(mutant, gmm_data, gmm_null):
+    """The gate has power: each plausible mistake fails it, in ancestral sampling."""
+    denoise, grid, step = GMM5.denoiser(VP), jd.grids.uniform(1000), jd.Ancestral(VP)
+    if mutant == "late score":
+        denoise = Late(denoise)
+    if mutant == "early stop":
+        grid = jd.grids.uniform(1000, end=0.02)
+    if mutant in ("loud noise", "no noise"):
+        step = Louder(step, 1.05 if mutant == "loud noise" else 0.0)
+    x = jd.sample(step, denoise, grid, KEY, start(VP, (2000, 2)))
+    found = gate(x, GMM5, gmm_data)
+    assert not passes(found, gmm_null), found
+
+
+class Louder:
+    """A mutant step whose fresh noise is scaled."""
+
+    def __init__(self, step, factor):
+        self.step, self.factor = step, factor
+
+    def init(self, x):
+        return self.step.init(x)
+
+    def update(self, key, x, state, t, s, denoise):
+        noisy, state = self.step.update(key, x, state, t, s, denoise)
+        x0 = denoise(x, t).mean
+        mean = jax.vmap(
+            lambda x, x0: self.step.process.posterior(x, Denoised(x0), t, s).mean
+        )(x, x0)
+        return mean + self.factor * (noisy - mean), state
+
+
+def test_marginals_on_the_way_are_the_diffused_density():
+    """A3: Kolmogorov–Smirnov against the analytic mixture at five times, 1-D."""
+    data = gaussian_mixture([0.3, 0.7], [[-1.0], [0.8]], [0.15, 0.25])
+    x = start(VP, (4000, 1), jax.random.key(5))
+    grid = jd.grids.uniform(1000)
+    passed = jd.sample(jd.Ancestral(VP), data.denoiser(VP), grid, KEY, x, trajectory=True)
+    assert passed.shape == (1001, 4000, 1)
+    np.testing.assert_array_equal(passed[0], x)
+    for index in (200, 400, 600, 800, 1000):
+        alpha, sigma = map(float, VP.schedule(grid[index]))
+        weights, means = np.array([0.3, 0.7]), alpha * np.array([-1.0, 0.8])
+        stds = np.sqrt(alpha**2 * np.array([0.15, 0.25]) ** 2 + sigma**2)
+        cdf = lambda x, m=means, s=stds, w=weights: scipy.stats.norm.cdf(x[:, None], m, s) @ w
+        assert scipy.stats.kstest(np.asarray(passed[index][:, 0]), cdf).pvalue > 0.01
+
+
+@every_schedule
+def test_ddim_with_full_noise_is_ancestral(name):
+    """C5: at η = 1 both draw from one conditional; the same noise gives the same state."""
+    process = jd.Gaussian(SCHEDULES[name])
+    x = start(process, (64, 3))
+    denoise = GaussianData(process, 0.7, 0.3)
+    t, s = jnp.float32(0.6), jnp.float32(0.5)
+    keys = jax.random.split(KEY, 64)
+    ancestral, _ = jd.Ancestral(process).update(keys, x, None, t, s, denoise)
+    ddim, _ = jd.DDIM(process, eta=1.0).update(keys, x, None, t, s, denoise)
+    np.testing.assert_allclose(ddim, ancestral, rtol=2e-4, atol=2e-5 * float(jnp.abs(x).max()))
+
+
+@every_schedule
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0, 1.3])
+def test_ddim_keeps_the_marginal(name, eta):
+    """C5: given x_0, a step takes q(x_t | x_0) to q(x_s | x_0) for every η."""
+    process = jd.Gaussian(SCHEDULES[name])
+    n, t, s = 100_000, jnp.float32(0.5), jnp.float32(0.3)
+    x0 = jnp.full((n, 1), 0.8)
+    keys = jax.random.split(jax.random.key(1), n)
+    x = jax.vmap(lambda key, x0: process.marginal(x0, t).sample(key))(keys, x0)
+    keys = jax.random.split(jax.random.key(2), n)
+    x, _ = jd.DDIM(process, eta=eta).update(keys, x, None, t, s, lambda x, t: Denoised(x0))
+    target = process.marginal(x0[0], s)
+    np.testing.assert_allclose(x.mean(), target.mean[0], atol=4 * target.std / n**0.5)
+    np.testing.assert_allclose(x.std(), target.std, rtol=4 / (2 * n) ** 0.5)
+
+
+def test_ddim_is_euler_in_the_scaled_variables():
+    """C5: x/α moves along d(x/α) = ε d(σ/α)."""
+    x = start(VP, (100, 2))
+    denoise = GMM5.denoiser(VP)
+    grid = jd.grids.uniform(20, end=0.05)
+    found = jd.sample(jd.DDIM(VP), denoise, grid, KEY, x)
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = VP.schedule(t), VP.schedule(s)
+        noise = (x - alpha_t * denoise(x, t).mean) / sigma_t
+        x = alpha_s * (x / alpha_t + (sigma_s / alpha_s - sigma_t / alpha_t) * noise)
+    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
+
+
+@every_schedule
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_point_mass_is_found_in_one_step(name, steps):
+    """C5: with x_0 known, any number of steps ends on it exactly; never NaN."""
+    process = jd.Gaussian(SCHEDULES[name])
+    x = start(process, (5, 3))
+    point = lambda x, t: Denoised(jnp.full_like(x, 0.4))
+    for step in (jd.DDIM(process), jd.DDIM(process, eta=1.0), jd.Ancestral(process)):
+        found = jd.sample(step, point, jd.grids.uniform(steps), KEY, x)
+        # A schedule that starts at σ(0) > 0 leaves that much noise.
+        floor = 6 * float(process.schedule(jnp.zeros(()))[1])
+        np.testing.assert_allclose(found, 0.4, atol=1e-5 + floor)
+
+
+def test_euler_order_of_ddim():
+    """DDIM is of first order: halving its steps halves the median error."""
+    x = start(VP, (1000, 2))
+    denoise = GMM5.denoiser(VP)
+    run = lambda steps: jd.sample(jd.DDIM(VP), denoise, jd.grids.uniform(steps), KEY, x)
+    exact = run(2560)
+    errors = [float(jnp.median(jnp.linalg.norm(run(n) - exact, axis=1))) for n in (20, 40, 80)]
+    slopes = np.diff(np.log2(errors))
+    assert np.all((-1.25 < slopes) & (slopes < -0.8)), errors
+
+
+def test_sample_does_not_depend_on_the_batch_around_it():
+    x = start(VP, (8, 2))
+    grid = jd.grids.uniform(20)
+    denoise = GMM5.denoiser(VP)
+    whole = jd.sample(jd.Ancestral(VP), denoise, grid, KEY, x)
+    half = jd.sample(jd.Ancestral(VP), denoise, grid, KEY, x[:4])
+    np.testing.assert_allclose(half, whole[:4], rtol=1e-5, atol=1e-6)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(KEY, jnp.arange(4, 8))
+    rest = jd.sample(jd.Ancestral(VP), denoise, grid, keys, x[4:])
+    np.testing.assert_allclose(rest, whole[4:], rtol=1e-5, atol=1e-6)
+
+
+def test_one_program_serves_new_numbers_and_calls_the_network_once_a_step():
+    calls, traces = [], []
+
+    def apply(params, x, level):
+        traces.append(None)
+        jax.debug.callback(lambda: calls.append(None))
+        return params * x
+
+    grid, x = jd.grids.uniform(10), jnp.ones((4, 2))
+    for beta_max, eta, weight, params in ((20.0, 0.0, 0.0, 0.5), (10.0, 0.7, 2.0, 0.3)):
+        process = jd.Gaussian(jd.linear_beta(0.1, beta_max))
+        net = lambda scale: jd.NetDenoiser(
+            jnp.float32(scale), process, apply, jd.epsilon()  # noqa: B023
+        )
+        denoise = jd.CFG(net(params), net(2 * params), weight)
+        jd.sample(jd.DDIM(process, eta=eta), denoise, grid, jax.random.key(3), x)
+    jax.effects_barrier()
+    assert len(traces) == 2  # the two networks of the guided denoiser, traced once
+    assert len(calls) == 2 * 2 * 10
+
+
+def test_memory_does_not_grow_with_the_steps():
+    """B32: sampling keeps one state, whatever the number of steps."""
+
+    def temporary(steps):
+        run = jax.jit(lambda grid, x: jd.sample(jd.DDIM(VP), GMM5.denoiser(VP), grid, KEY, x))
+        lowered = run.lower(jd.grids.uniform(steps), jnp.zeros((512, 2)))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporary(10), temporary(1000)
+    assert abs(many - few) <= 32 * 990, (few, many)  # the grid itself, no states
+
+
+def test_guidance_extrapolates_the_score():
+    """CFG: score = (1 + w) ∇log p(x | c) − w ∇log p(x), exactly; w = 0 and −1 are the ends."""
+    conditional = gaussian_mixture([1.0], [[1.3, 0.4]], 0.2)
+    x, t = start(VP, (50, 2)), jnp.float32(0.3)
+    alpha, sigma = VP.schedule(t)
+    scores = [
+        jax.vmap(mixture.diffused(alpha, sigma).score)(x) for mixture in (conditional, GMM5)
+    ]
+    for weight in (-1.0, 0.0, 0.5, 3.0):
+        denoise = jd.CFG(conditional.denoiser(VP), GMM5.denoiser(VP), weight)
+        found = jax.vmap(lambda x, x0: VP.marginal(x0, t).score(x))(x, denoise(x, t).mean)
+        expected = (1 + weight) * scores[0] - weight * scores[1]
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bad_grid_is_refused():
+    with pytest.raises(ValueError, match="grid must fall"):
+        jd.sample(jd.DDIM(VP), GMM5.denoiser(VP), jnp.array([0.0, 1.0]), KEY, jnp.zeros((2, 2)))
