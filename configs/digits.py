@@ -112,7 +112,7 @@ def experiment(config: Config) -> jd.Experiment:
     def sample(params, key, num):
         def run(keys):
             start, noise = jax.vmap(jax.random.split, out_axes=1)(keys)
-            x = jax.vmap(process.prior(shape).sample_like)(start)
+            x = jax.vmap(process.prior(shape).sample)(start)
             return jd.sample(jd.DDIM(process, eta=1.0), denoiser(params), grid, noise, x)
 
         return jnp.concatenate(evaluation.in_chunks(run, key, num))

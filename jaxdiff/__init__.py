@@ -6,6 +6,7 @@ from jaxdiff import schedules as schedules
 from jaxdiff import time_samplers as time_samplers
 from jaxdiff import weightings as weightings
 from jaxdiff.distributions import Normal as Normal
+from jaxdiff.experiment import Experiment as Experiment
 from jaxdiff.guidance.cfg import CFG as CFG
 from jaxdiff.objectives.denoising import denoising as denoising
 from jaxdiff.parameterizations import NetDenoiser as NetDenoiser
@@ -30,3 +31,4 @@ from jaxdiff.schedules import subvp as subvp
 from jaxdiff.solve import log_likelihood as log_likelihood
 from jaxdiff.solve import probability_flow as probability_flow
 from jaxdiff.solve import reverse_sde as reverse_sde
+from jaxdiff.training import make_train_step as make_train_step

@@ -17,9 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
+from jaxdiff import struct
 from jaxdiff.typing import Data, Key, Scalar, State
 
 __all__ = ["Distribution", "GaussianDistribution", "Normal"]

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdiff import metrics
 from jaxdiff.data.images import Images, dequantize, from_model, to_model
-from jaxdiff.processes.base import SDE, Denoiser, example_keys
+from jaxdiff.processes.base import SDE, Denoiser
 from jaxdiff.solve import log_likelihood
 from jaxdiff.typing import Array, Key
 

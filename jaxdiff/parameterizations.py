@@ -27,9 +27,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Float
 
+from jaxdiff import struct
 from jaxdiff.processes.base import Denoised
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.typing import Array, Data, Params, Scalar, State, Time

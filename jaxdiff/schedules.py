@@ -33,9 +33,9 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 import optimistix
-from flax import struct
 from jaxtyping import Array, Float
 
+from jaxdiff import struct
 from jaxdiff.typing import Scalar, Time
 
 __all__ = [

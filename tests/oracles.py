@@ -73,13 +73,10 @@ def gate(x, mixture: GaussianMixture, data) -> Gate:
     x, means = np.asarray(x, np.float64), np.asarray(mixture.means, np.float64)
     nearest = np.argmin(((x[:, None] - means[None]) ** 2).sum(-1), axis=1)
     shares = np.bincount(nearest, minlength=len(means)) / len(x)
-    residual = x - means[nearest]
-    # A stray sample between two modes says nothing of the spread within them.
-    inside = np.linalg.norm(residual, axis=1) < 0.6
     return Gate(
         energy=energy_distance(x, data),
         weights=float(np.abs(shares - np.asarray(mixture.weights)).max()),
-        std=float(residual[inside].std()),
+        std=float((x - means[nearest]).std()),
     )
 
 

@@ -377,13 +377,6 @@ def test_dequantization_follows_the_image_and_not_the_chunk():
     assert len(np.unique(whole)) == whole.size
 
 
-def test_bits_per_dim_of_a_uniform_model_is_log2_of_the_levels():
-    """−log p of the uniform law on [−1, 1]^D is D ln 2: with the stated constant, log₂ 17."""
-    d = 64
-    nll = d * np.log(2)
-    assert nll / (d * np.log(2)) + np.log2(17) - 1 == pytest.approx(np.log2(17))
-
-
 # Batches
 
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
+from jaxdiff import struct
 from jaxdiff.processes.base import Denoised, example_keys
 from jaxdiff.typing import Key, Scalar, Time
 

@@ -21,10 +21,10 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.scipy.special import i0e, log_ndtr, logsumexp
 from jaxtyping import Array, Float
 
+from jaxdiff import struct
 from jaxdiff.processes.base import example_keys
 from jaxdiff.typing import Key, Scalar
 

@@ -1,7 +1,6 @@
 """Classifier-free guidance: extrapolate from the unconditional to the conditional denoiser."""
 
-from flax import struct
-
+from jaxdiff import struct
 from jaxdiff.processes.base import Denoised, Denoiser
 from jaxdiff.typing import Scalar, State, Time
 

@@ -24,9 +24,7 @@ from jaxdiff.typing import Array
 __all__ = ["Conditioning", "GaussianFourier", "Sinusoidal", "SmoothFeatures"]
 
 
-def _waves(
-    noise_level: Float[Array, "b"], frequencies: Float[Array, "n"]
-) -> Float[Array, "b 2*n"]:
+def _waves(noise_level: Float[Array, "b"], frequencies: Float[Array, "n"]) -> Float[Array, "b 2*n"]:
     angle = noise_level[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
@@ -56,6 +54,7 @@ class SmoothFeatures(nn.Module):
     dim: int = 64
 
     def __call__(self, noise_level: Float[Array, "b"]) -> Float[Array, "b dim"]:
+        """Return the features [b, dim] of a noise level [b]."""
         _check_dim(self.dim)
         return _waves(noise_level, jnp.geomspace(0.25, 4.0, self.dim // 2))
 
@@ -84,6 +83,7 @@ class Sinusoidal(nn.Module):
     max_period: float = 1e4
 
     def __call__(self, noise_level: Float[Array, "b"]) -> Float[Array, "b dim"]:
+        """Return the features [b, dim] of a noise level [b]."""
         _check_dim(self.dim)
         return _waves(noise_level, jnp.geomspace(1.0, 1.0 / self.max_period, self.dim // 2))
 
@@ -116,6 +116,7 @@ class GaussianFourier(nn.Module):
 
     @nn.compact
     def __call__(self, noise_level: Float[Array, "b"]) -> Float[Array, "b dim"]:
+        """Return the features [b, dim] of a noise level [b]."""
         _check_dim(self.dim)
         init = nn.initializers.normal(stddev=self.scale)
         turns = self.param("frequencies", init, (self.dim // 2,))
@@ -154,6 +155,7 @@ class Conditioning(nn.Module):
     def __call__(
         self, noise_level: Float[Array, "b"], label: Int[Array, "b"] | None = None
     ) -> Float[Array, "b width"]:
+        """Return c [b, width]; no label means the null label."""
         if label is not None and self.num_classes is None:
             raise ValueError("label must be None for a network whose num_classes is None")
         h = nn.Dense(self.width, dtype=self.dtype)(self.embedding(noise_level))

@@ -47,7 +47,7 @@ def _downsample(x: Image) -> Float[Array, "b h2 w2 c"]:
     return x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).mean((2, 4))
 
 
-def _upsample(x: Image, shape: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
+def _upsample(x: Image, shape: tuple[int, ...]) -> Float[Array, "b h2 w2 c"]:
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
     return x.reshape(b, 2 * h, 2 * w, c)[:, : shape[0], : shape[1]]
@@ -58,7 +58,7 @@ def _groups(channels: int) -> int:
 
 
 class _Norm(nn.Module):
-    """Group normalisation, its gain and offset adapted per example if `scale` and `shift` are given.
+    """Group normalisation, adapted per example if `scale` and `shift` are given.
 
     (1 + scale) (gain (x - mean) / std + offset) + shift, in one pass over x for the statistics
     (sums of x and of x², in float32) and one for the result.
@@ -185,6 +185,7 @@ class UNet(nn.Module):
     def __call__(
         self, x: Image, noise_level: Float[Array, "b"], label: Int[Array, "b"] | None = None
     ) -> Image:
+        """Return the network's output [b, h, w, c]; no label means the null label."""
         self._check(x)
         condition = Conditioning(4 * self.width, self.embedding, self.num_classes, self.dtype)
         c = condition(noise_level, label)

@@ -11,9 +11,9 @@ value is not 0 but the variance that x_t leaves to ε.
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
+from jaxdiff import struct
 from jaxdiff.parameterizations import Apply, Parameterization, predict
 from jaxdiff.processes.base import example_keys
 from jaxdiff.processes.gaussian import Gaussian

@@ -11,9 +11,8 @@ and it is the marginal of dx = f x dt + g dw with f = d log α/dt and g² = 2σ�
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from jaxdiff import schedules
+from jaxdiff import schedules, struct
 from jaxdiff.distributions import Normal
 from jaxdiff.processes.base import Denoised
 from jaxdiff.schedules import Schedule

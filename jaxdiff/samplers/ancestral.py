@@ -10,8 +10,8 @@ moments of x_0 decide the reverse variance:
 """
 
 import jax
-from flax import struct
 
+from jaxdiff import struct
 from jaxdiff.processes.base import Denoised, Denoiser, Process
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.typing import Key, State, Time

@@ -7,8 +7,8 @@ marginal q(x_s | x_0) what it was, so η is free.
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from jaxdiff import struct
 from jaxdiff.processes.base import Denoised, Denoiser
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.typing import Key, Scalar, State, Time
