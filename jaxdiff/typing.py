@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 import jaxtyping
 from jaxtyping import Array, Float, Shaped, UInt32
 
-__all__ = ["Array", "Batch", "Data", "Grid", "Key", "Metrics", "Objective", "Params", "Scalar", "State", "Time"]
+__all__ = [
+    "Array",
+    "Batch",
+    "Data",
+    "Grid",
+    "Key",
+    "Metrics",
+    "Objective",
+    "Params",
+    "Scalar",
+    "State",
+    "Time",
+]
 
 Key = jaxtyping.Key[Array, "..."] | UInt32[Array, "..."]
 """A JAX random key, typed (`jax.random.key`) or legacy (`jax.random.PRNGKey`), or an array of

@@ -240,7 +240,7 @@ def test_mlp_parameter_count():
 
 @pytest.mark.parametrize("depth", [0, 3])
 def test_mlp_refuses_an_odd_depth(depth):
-    with pytest.raises(ValueError, match=f"depth must be an even.*{depth}"):
+    with pytest.raises(ValueError, match=f"depth must be even.*{depth}"):
         MLP(depth=depth).init(KEY, vectors(), LEVELS)
 
 

@@ -119,7 +119,7 @@ class GaussianFourier(nn.Module):
         """Return the features [b, dim] of a noise level [b]."""
         _check_dim(self.dim)
         init = nn.initializers.normal(stddev=self.scale)
-        turns = self.param("frequencies", init, (self.dim // 2,))
+        turns = self.param("frequencies", init, (self.dim // 2,), jnp.float32)
         return _waves(noise_level, 2 * jnp.pi * jax.lax.stop_gradient(turns))
 
 

@@ -83,9 +83,9 @@ class _Norm(nn.Module):
 
         mean = group_mean(wide.sum((1, 2)))
         var = group_mean(jnp.square(wide).sum((1, 2))) - jnp.square(mean)
-        gain = self.param("scale", nn.initializers.ones, (c,))[None, :]
+        gain = self.param("scale", nn.initializers.ones, (c,), jnp.float32)[None, :]
         gain = gain * jax.lax.rsqrt(jnp.maximum(var, 0.0) + 1e-6)
-        offset = self.param("bias", nn.initializers.zeros, (c,))[None, :] - gain * mean
+        offset = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)[None, :] - gain * mean
         if scale is not None:
             gain, offset = gain * (1 + scale), offset * (1 + scale)
         if shift is not None:

@@ -45,8 +45,8 @@ class DDIM:
             noise = self.process.marginal(x0, t).noise(x)
             target = self.process.marginal(x0, s)
             fresh = self.eta * self.process.posterior(x, Denoised(x0), t, s).std
+            kept = jnp.sqrt(jnp.maximum(target.std**2 - fresh**2, 0.0))
             fresh = jnp.minimum(fresh, target.std)
-            kept = jnp.sqrt(target.std**2 - fresh**2)
             return target.mean + kept * noise + fresh * jax.random.normal(key, x.shape, x.dtype)
 
         return jax.vmap(move)(key, x, denoise(x, t).mean), state
