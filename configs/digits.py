@@ -8,8 +8,8 @@ likelihood of the test images and the quality of the samples.
 
 import functools
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import diffrax
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +17,7 @@ import jaxdiff as jd
 from jaxdiff import evaluation, networks, plotting
 from jaxdiff.data.batches import Batches
 from jaxdiff.data.images import dequantize, load_images
+from jaxdiff.solve import adaptive
 from jaxdiff.training import make_eval_step, warmup_cosine_adam
 
 
@@ -34,24 +35,24 @@ class Config:
     """Rate of the VP process at t = 0."""
     beta_max: float = 20.0
     """Rate of the VP process at t = 1."""
-    width: int = 32
+    width: int = 16
     """Channels of the U-Net's first level."""
     multipliers: tuple[int, ...] = (1, 2)
     """Channels of each level over width; each level halves the side."""
-    blocks: int = 2
+    blocks: int = 1
     """Residual blocks a level."""
     attention: tuple[int, ...] = (4,)
     """Sides, in pixels, of the levels with self-attention."""
     dropout: float = 0.1
     """Dropout rate in the residual blocks."""
-    steps: int = 4000
+    steps: int = 5000
     """Updates of the parameters."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images in a batch, over all devices."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Highest rate of Adam; warmed up, then lowered along a cosine."""
     warmup: int = 200
-    """Updates of the warm-up."""
+    """Updates of the warm-up; at most a tenth of all."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema_decay: float = 0.999
@@ -61,20 +62,25 @@ class Config:
     sampler_steps: int = 100
     """Network calls for a sample."""
     eval_samples: int = 447
-    """Samples whose quality is judged."""
-    probes: int = 4
+    """Samples whose quality is judged; at most as many as there are training images."""
+    probes: int = 2
     """Hutchinson probes an image for the likelihood."""
     tolerance: float = 1e-4
-    """Of the likelihood's ODE solver, relative and absolute."""
+    """Of the likelihood's ODE solver: the error of the worst image, relative and absolute."""
 
 
 def experiment(config: Config) -> jd.Experiment:
     """Composes the run."""
+    _check(config)
+    if Path(config.dataset).exists() and config.dataset != "digits":
+        config = replace(config, dataset=str(Path(config.dataset).resolve()))
     images = functools.cache(functools.partial(load_images, config.dataset))
     if config.shape is None or config.levels is None:
         train = images("train")
         config = replace(config, shape=train.x.shape[1:], levels=train.levels)
     shape, levels = config.shape, config.levels
+    assert shape is not None
+    assert levels is not None
 
     process = jd.Gaussian(jd.linear_beta(config.beta_min, config.beta_max))
     parameterization = jd.epsilon()
@@ -104,6 +110,15 @@ def experiment(config: Config) -> jd.Experiment:
 
     eval_step = make_eval_step(held_out_loss)
 
+    def batches():
+        train = images("train")
+        if train.x.shape[1:] != shape or train.levels != levels:
+            raise ValueError(
+                f"shape and levels must be those of the data, {train.x.shape[1:]} and "
+                f"{train.levels}, got {shape} and {levels}."
+            )
+        return Batches({"x": train.x}, config.batch_size, seed=config.seed)
+
     def validate(params):
         held_out = images("validation").x[:1024]
         x = dequantize(jax.random.key(1), held_out, levels)
@@ -125,7 +140,8 @@ def experiment(config: Config) -> jd.Experiment:
 
     def evaluate(params, key):
         sample_key, null_key, likelihood_key = jax.random.split(key, 3)
-        samples = sample(params, sample_key, config.eval_samples)
+        count = min(config.eval_samples, len(images("train").x))
+        samples = sample(params, sample_key, count)
         return {
             "likelihood": evaluation.likelihood_report(
                 process,
@@ -133,31 +149,41 @@ def experiment(config: Config) -> jd.Experiment:
                 images("test"),
                 likelihood_key,
                 probes=config.probes,
-                controller=diffrax.PIDController(rtol=config.tolerance, atol=config.tolerance),
+                controller=controller,
             ),
-            "samples": evaluation.sample_report(
-                samples, images("train"), images("test"), null_key
-            ),
+            "samples": evaluation.sample_report(samples, images("train"), images("test"), null_key),
         }
 
+    controller = adaptive(config.tolerance)
     grid = jd.grids.uniform_log_snr(process, config.sampler_steps)
     return jd.Experiment(
         config=config,
         init=lambda key: net.init(key, jnp.zeros((1, *shape)), jnp.zeros(1)),
         objective=objective,
         optimizer=warmup_cosine_adam(
-            config.learning_rate, steps=config.steps, warmup=config.warmup, clip=config.clip
+            config.learning_rate,
+            steps=config.steps,
+            warmup=min(config.warmup, config.steps // 10),
+            clip=config.clip,
         ),
         ema_decay=config.ema_decay,
         steps=config.steps,
         seed=config.seed,
-        batches=lambda: Batches({"x": images("train").x}, config.batch_size, seed=config.seed),
+        batches=batches,
         validate=validate,
         sample=sample,
         trajectory=trajectory,
         evaluate=evaluate,
         draw=plotting.image_grid,
         draw_trajectory=lambda states, times, path: plotting.trajectory_grid(
-            states, path, times=times
+            states, path, times=times.tolist()
         ),
     )
+
+
+def _check(config: Config) -> None:
+    for name in ("width", "blocks", "eval_samples", "probes"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}.")

@@ -1,17 +1,30 @@
 """The command line: `jaxdiff train | sample | eval`.
 
-A user's mistake is answered with one line and exit code 2, before anything is written.
+A user's mistake is answered with one line and exit code 2, before anything is written: values and
+files are looked at while a run is composed. What fails later has exit code 1, with one line where a
+run can fail without anyone's mistake, and with the traceback of a bug otherwise.
 """
 
 import contextlib
 import dataclasses
 import io
 import json
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import jax
+import tyro
+from jax.sharding import Mesh
+
+from jaxdiff.checkpoints import CheckpointError, restore_ema
+from jaxdiff.experiment import Experiment, load_config, load_run, save_run
+from jaxdiff.parallel import check_divisible, data_mesh
+from jaxdiff.training import Batches, NonFiniteLoss, fit, init_state, make_train_step
+from jaxdiff.typing import Params
 
 __all__ = ["main"]
 
@@ -25,6 +38,8 @@ CONFIG is a Python file such as configs/digits.py. `jaxdiff train CONFIG --help`
 with their defaults; the same call goes on with a run that was interrupted.
 """
 
+T = TypeVar("T")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; exits with 2 on a mistake of the user's, and 1 if the run fails.
@@ -34,36 +49,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": _train, "sample": _sample, "eval": _evaluate}
-    if not words or words[0] in ("-h", "--help"):
+    if words and words[0] in ("-h", "--help"):
         print(USAGE, end="")
-        raise SystemExit(0 if words else 2)
-    if words[0] not in commands:
-        _fail(f"no command {words[0]!r}; there are {', '.join(commands)}.")
+        return
+    if not words or words[0] not in commands:
+        given = repr(words[0]) if words else "none"
+        _fail(f"the command must be one of {', '.join(commands)}, got {given}; see jaxdiff --help.")
     try:
         commands[words[0]](words[1:])
-    except _user_errors() as error:
-        _fail(str(error))
-    except RuntimeError as error:
-        print(f"jaxdiff: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+    except (CheckpointError, NonFiniteLoss) as error:
+        _fail(str(error), code=1)
     except KeyboardInterrupt:
-        print("jaxdiff: interrupted; the same command goes on.", file=sys.stderr)
-        raise SystemExit(130) from None
+        _fail("interrupted; the same command goes on.", code=130)
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    return (ValueError, FileNotFoundError, PermissionError, NotADirectoryError)
-
-
-def _fail(message: str) -> None:
+def _fail(message: str, *, code: int = 2) -> NoReturn:
     print(f"jaxdiff: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
-def _parse(kind: type, words: Sequence[str], prog: str) -> Any:
+@contextlib.contextmanager
+def _mistakes() -> Iterator[None]:
+    """Bad values and files are the user's while a run is composed, and bugs once it works."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _parse(kind: type[T], words: Sequence[str], prog: str) -> T:
     """Parses words into a dataclass; tyro's boxed errors become one line."""
-    import tyro
-
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -75,80 +90,75 @@ def _parse(kind: type, words: Sequence[str], prog: str) -> Any:
 
 
 def _unboxed(text: str) -> str:
-    """The message of a box: its lines down to the first rule, without the title."""
-    lines = [line.strip().strip("│").strip() for line in text.splitlines()]
-    body = [line for line in lines if line and not line.startswith("╭")]
-    rules = [i for i, line in enumerate(body) if set(line) <= set("─╰╯")]
-    return " ".join(body[: rules[0]] if rules else body)
+    """The message of a box in Unicode or ASCII: its paragraphs, without the title and the help."""
+    lines = [line.strip(" │|╭╮╰╯+") for line in text.splitlines()]
+    body = "\n".join(line for line in lines if line).partition("\n")[2]
+    paragraphs = re.split(r"^[─-]+$", body, flags=re.MULTILINE)
+    telling = [p for p in paragraphs if p.strip() and "helptext" not in p]
+    return "; ".join(" ".join(p.split()) for p in telling)
 
 
-def _train(words: Sequence[str]) -> None:
-    import tyro
-
-    from jaxdiff.experiment import load_config, save_run
-
-    if not words or words[0].startswith("-"):
-        if words and words[0] in ("-h", "--help"):
-            print(USAGE, end="")
-            return
-        raise ValueError("train needs a config file first: jaxdiff train CONFIG --workdir RUN.")
-    source = Path(words[0])
-    module = load_config(source)
-    options = dataclasses.make_dataclass(
+def _train_options(config: type) -> type:
+    """The options of a run: where it goes, and the fields of its config."""
+    return dataclasses.make_dataclass(
         "Options",
         [
             ("workdir", Annotated[Path, tyro.conf.arg(help="Folder of the run.")]),
-            (
-                "progress",
-                Annotated[bool, tyro.conf.arg(help="Show a progress bar.")],
-                True,
-            ),
+            ("config", Annotated[tyro.conf.OmitArgPrefixes[config], tyro.conf.arg(name="")]),
+            ("progress", Annotated[bool, tyro.conf.arg(help="Show a progress bar.")], True),
             (
                 "compilation_cache",
-                Annotated[
-                    Path | None, tyro.conf.arg(help="Folder that keeps compiled programs.")
-                ],
+                Annotated[Path | None, tyro.conf.arg(help="Folder that keeps compiled programs.")],
                 None,
-            ),
-            (
-                "config",
-                Annotated[tyro.conf.OmitArgPrefixes[module.Config], tyro.conf.arg(name="")],
-                dataclasses.field(default_factory=module.Config),
             ),
         ],
     )
-    chosen = _parse(options, words[1:], f"jaxdiff train {source}")
-    if chosen.compilation_cache is not None:
-        _keep_compiled(chosen.compilation_cache)
-    experiment = module.experiment(chosen.config)
-    batches = experiment.batches()
-    save_run(chosen.workdir, source, experiment.config)
-    _fit(experiment, batches, chosen.workdir, progress=chosen.progress)
-    params = _parameters(experiment, chosen.workdir)
-    _draw_samples(experiment, params, chosen.workdir / "samples.png", num=64, seed=experiment.seed)
-    _draw_trajectory(experiment, params, chosen.workdir / "trajectory.png", seed=experiment.seed)
-    _write_report(experiment, params, chosen.workdir / "eval.json", seed=experiment.seed)
+
+
+def _train(words: Sequence[str]) -> None:
+    if words and words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if not words or words[0].startswith("-"):
+        _fail("train needs a config file first: jaxdiff train CONFIG --workdir RUN.")
+    source = Path(words[0])
+    with _mistakes():
+        module = load_config(source)
+        options: Any = _parse(_train_options(module.Config), words[1:], f"jaxdiff train {source}")
+        experiment = module.experiment(options.config)
+        batches = experiment.batches()
+        mesh = data_mesh() if jax.device_count() > 1 else None
+        check_divisible(batches[0], 1 if mesh is None else len(mesh.local_devices))
+        jax.eval_shape(experiment.init, jax.random.key(0))
+        train_step = make_train_step(
+            experiment.objective, experiment.optimizer, ema_decay=experiment.ema_decay, mesh=mesh
+        )
+        save_run(options.workdir, source, experiment.config)
+    if options.compilation_cache is not None:
+        _keep_compiled(options.compilation_cache)
+    _fit(experiment, train_step, batches, options.workdir, mesh, progress=options.progress)
+    params = _parameters(experiment, options.workdir)
+    _draw_samples(experiment, params, options.workdir / "samples.png", num=64, seed=experiment.seed)
+    _draw_trajectory(experiment, params, options.workdir / "trajectory.png", seed=experiment.seed)
+    _write_report(experiment, params, options.workdir / "eval.json", seed=experiment.seed)
 
 
 def _keep_compiled(folder: Path) -> None:
-    import jax
-
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _fit(experiment: Any, batches: Any, workdir: Path, *, progress: bool) -> None:
-    import jax
-
-    from jaxdiff.parallel import data_mesh
-    from jaxdiff.training import fit, init_state, make_train_step
-
-    mesh = data_mesh() if jax.device_count() > 1 else None
+def _fit(
+    experiment: Experiment,
+    train_step: Any,
+    batches: Batches,
+    workdir: Path,
+    mesh: Mesh | None,
+    *,
+    progress: bool,
+) -> None:
     init_key, train_key, draw_key = jax.random.split(jax.random.key(experiment.seed), 3)
-    train_step = make_train_step(
-        experiment.objective, experiment.optimizer, ema_decay=experiment.ema_decay, mesh=mesh
-    )
     params = jax.jit(experiment.init)(init_key)
     fit(
         train_step,
@@ -165,36 +175,29 @@ def _fit(experiment: Any, batches: Any, workdir: Path, *, progress: bool) -> Non
     )
 
 
-def _parameters(experiment: Any, run: Path) -> Any:
+def _parameters(experiment: Experiment, run: Path) -> Params:
     """The averaged parameters of a run's newest checkpoint."""
-    import jax
-
-    from jaxdiff.checkpoints import restore_ema
-
-    if not (run / "checkpoints").is_dir():
-        raise ValueError(f"RUN {run} has no checkpoint yet; train it first.")
-    abstract = jax.eval_shape(experiment.init, jax.random.key(0))
-    return restore_ema(run / "checkpoints", abstract)
+    with _mistakes():
+        if not (run / "checkpoints").is_dir():
+            raise ValueError(f"RUN {run} has no checkpoint yet; train it first.")
+        abstract = jax.eval_shape(experiment.init, jax.random.key(0))
+        return restore_ema(run / "checkpoints", abstract)
 
 
-def _draw_samples(experiment: Any, params: Any, path: Path, *, num: int, seed: int) -> None:
-    import jax
-
+def _draw_samples(
+    experiment: Experiment, params: Params, path: Path, *, num: int, seed: int
+) -> None:
     experiment.draw(experiment.sample(params, jax.random.key(seed), num), path)
     print(f"wrote {path}")
 
 
-def _draw_trajectory(experiment: Any, params: Any, path: Path, *, seed: int) -> None:
-    import jax
-
+def _draw_trajectory(experiment: Experiment, params: Params, path: Path, *, seed: int) -> None:
     states, times = experiment.trajectory(params, jax.random.key(seed), 8)
     experiment.draw_trajectory(states, times, path)
     print(f"wrote {path}")
 
 
-def _write_report(experiment: Any, params: Any, path: Path, *, seed: int) -> None:
-    import jax
-
+def _write_report(experiment: Experiment, params: Params, path: Path, *, seed: int) -> None:
     since = time.perf_counter()
     report = experiment.evaluate(params, jax.random.key(seed))
     report["seconds"] = time.perf_counter() - since
@@ -204,45 +207,54 @@ def _write_report(experiment: Any, params: Any, path: Path, *, seed: int) -> Non
     print(f"wrote {path}")
 
 
+@dataclasses.dataclass(frozen=True)
+class _SampleOptions:
+    """Samples from a trained run into a picture."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    num: int = 64
+    """How many samples."""
+    out: Path = Path("samples.png")
+    """Picture to write."""
+    seed: int = 0
+    """Seed of the noise."""
+
+
 def _sample(words: Sequence[str]) -> None:
-    import tyro
+    options = _parse(_SampleOptions, words, "jaxdiff sample")
+    with _mistakes():
+        if options.num < 1:
+            raise ValueError(f"--num must be at least 1, got {options.num}.")
+        _check_seed(options.seed)
+        if options.out.suffix.lower() != ".png" or options.out.is_dir():
+            raise ValueError(f"--out must be a file that ends in .png, got {options.out}.")
+        if not options.out.absolute().parent.is_dir():
+            raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}.")
+        experiment = load_run(options.run)
+    params = _parameters(experiment, options.run)
+    _draw_samples(experiment, params, options.out, num=options.num, seed=options.seed)
 
-    from jaxdiff.experiment import load_run
 
-    options = dataclasses.make_dataclass(
-        "Options",
-        [
-            ("run", tyro.conf.Positional[Path]),
-            ("num", Annotated[int, tyro.conf.arg(help="How many samples.")], 64),
-            ("out", Annotated[Path, tyro.conf.arg(help="Picture to write.")], Path("samples.png")),
-            ("seed", Annotated[int, tyro.conf.arg(help="Seed of the noise.")], 0),
-        ],
-    )
-    chosen = _parse(options, words, "jaxdiff sample")
-    if chosen.num < 1:
-        raise ValueError(f"--num must be at least 1, got {chosen.num}.")
-    if chosen.out.suffix.lower() != ".png":
-        raise ValueError(f"--out must end in .png, got {chosen.out}.")
-    if not chosen.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {chosen.out}: there is no folder {chosen.out.parent}.")
-    experiment = load_run(chosen.run)
-    params = _parameters(experiment, chosen.run)
-    _draw_samples(experiment, params, chosen.out, num=chosen.num, seed=chosen.seed)
+@dataclasses.dataclass(frozen=True)
+class _EvaluateOptions:
+    """Evaluates a trained run into its eval.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of noise and probes."""
 
 
 def _evaluate(words: Sequence[str]) -> None:
-    import tyro
+    options = _parse(_EvaluateOptions, words, "jaxdiff eval")
+    with _mistakes():
+        _check_seed(options.seed)
+        experiment = load_run(options.run)
+    params = _parameters(experiment, options.run)
+    _write_report(experiment, params, options.run / "eval.json", seed=options.seed)
 
-    from jaxdiff.experiment import load_run
 
-    options = dataclasses.make_dataclass(
-        "Options",
-        [
-            ("run", tyro.conf.Positional[Path]),
-            ("seed", Annotated[int, tyro.conf.arg(help="Seed of noise and probes.")], 0),
-        ],
-    )
-    chosen = _parse(options, words, "jaxdiff eval")
-    experiment = load_run(chosen.run)
-    params = _parameters(experiment, chosen.run)
-    _write_report(experiment, params, chosen.run / "eval.json", seed=chosen.seed)
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2**63), got {seed}.")

@@ -14,7 +14,6 @@ and the values as JSON, so that later commands need only the folder.
 """
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -81,18 +80,18 @@ def load_config(path: Path) -> ModuleType:
         raise ValueError(f"CONFIG {path} does not exist; give the path of a config file.")
     if path.suffix != ".py":
         raise ValueError(f"CONFIG {path} is not a Python file.")
-    spec = importlib.util.spec_from_file_location(f"jaxdiff_config_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    # Not by an importer: it would leave a __pycache__ beside the file, and could read a stale one.
+    module = ModuleType(f"jaxdiff_config_{path.stem}")
+    module.__file__ = str(path.resolve())
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_text(), module.__file__, "exec"), module.__dict__)
     except Exception as error:
         raise ValueError(f"CONFIG {path} fails on import: {error!r}.") from error
-    for name in ("Config", "experiment"):
-        if not hasattr(module, name):
-            raise ValueError(f"CONFIG {path} does not define {name}.")
+    if not dataclasses.is_dataclass(getattr(module, "Config", None)):
+        raise ValueError(f"CONFIG {path} does not define a dataclass Config.")
+    if not callable(getattr(module, "experiment", None)):
+        raise ValueError(f"CONFIG {path} does not define a function experiment.")
     return module
 
 
@@ -110,7 +109,7 @@ def save_run(folder: Path, source: Path, config: Any) -> None:
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     stored = folder / "config.json"
     if stored.is_file():
-        previous = json.loads(stored.read_text())
+        previous = _read_values(stored)
         for name in sorted(values.keys() | previous.keys()):
             if name != "steps" and values.get(name) != previous.get(name):
                 raise ValueError(
@@ -136,10 +135,20 @@ def load_run(folder: Path) -> Experiment:
     if not (folder / "config.json").is_file() or not (folder / "config.py").is_file():
         raise ValueError(f"RUN {folder} is not a run: it has no config.json and config.py.")
     module = load_config(folder / "config.py")
+    values = _read_values(folder / "config.json")
     try:
-        values = json.loads((folder / "config.json").read_text())
         lists = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         config = module.Config(**lists)
-    except (json.JSONDecodeError, TypeError) as error:
+    except TypeError as error:
         raise ValueError(f"RUN {folder} has a config.json that does not fit: {error}.") from error
     return module.experiment(config)
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold the values of a config, got {values!r}.")
+    return values

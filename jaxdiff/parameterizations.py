@@ -58,7 +58,7 @@ __all__ = [
     "x0",
 ]
 
-Apply = Callable[..., Array]
+Apply = Callable[..., Any]
 """apply(params, x [b, …], noise_level [b], **condition) → [b, …]; a Flax module's `apply`."""
 
 NoiseLevel = Callable[[Gaussian, Time], Time]

@@ -16,7 +16,7 @@ solved on the clock τ = −t, which also keeps every digit of a small t.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -34,6 +34,7 @@ from jaxdiff.typing import Grid, Key, Scalar, State, Time
 __all__ = [
     "Flow",
     "LogLikelihood",
+    "adaptive",
     "log_likelihood",
     "probability_flow",
     "reverse_sde",
@@ -91,7 +92,8 @@ def reverse_sde(
         grid: [n + 1] decreasing times. End it above 0 where σ(0) = 0 and the solver evaluates the
             end of its steps: all but `Euler` do.
         solver: a diffrax SDE solver; by default `Euler`, that is Euler–Maruyama, one call a step.
-            The noise is additive, so Itô and Stratonovich agree.
+            The noise is additive, so Itô and Stratonovich agree, and Milstein's method is
+            Euler's: diffrax's `ItoMilstein` only takes more memory.
         eta: noise, ≥ 0: 1 is the reverse SDE, 0 the probability flow; marginals are the same.
 
     Returns:
@@ -107,6 +109,18 @@ def reverse_sde(
     grids.check(grid)
     keys = example_keys(key, x.shape[0])
     solver = diffrax.Euler() if solver is None else solver
+    if isinstance(eta, float) and eta == 0.0 and _is_countable(solver):
+        # Without noise this is the flow, to the last bit.
+        return _probability_flow(
+            process,
+            denoise,
+            x,
+            grid[0],
+            grid[-1],
+            solver=solver,
+            controller=diffrax.StepTo(-grid),
+            max_steps=grid.shape[0] - 1,
+        ).x
     return _reverse_sde(process, denoise, keys, x, grid, jnp.asarray(eta), solver=solver)
 
 
@@ -150,7 +164,7 @@ def probability_flow(
     """
     t0, t1 = _time("t0", t0), _time("t1", t1)
     solver = diffrax.Dopri5() if solver is None else solver
-    controller = _adaptive(1e-4) if controller is None else controller
+    controller = adaptive(1e-4) if controller is None else controller
     if evaluations:
         _calls_per_step(solver)
     solution = _probability_flow(
@@ -208,7 +222,7 @@ def log_likelihood(
     """
     t0, t1 = _time("t0", t0), _time("t1", t1)
     solver = diffrax.Dopri5() if solver is None else solver
-    controller = _adaptive(1e-5) if controller is None else controller
+    controller = adaptive(1e-5) if controller is None else controller
     _calls_per_step(solver)
     if probes is not None and probes < 1:
         raise ValueError(f"probes must be at least 1, or None for the exact trace, got {probes}.")
@@ -228,6 +242,22 @@ def log_likelihood(
         controller=controller,
         max_steps=max_steps,
     )
+
+
+def adaptive(tolerance: float) -> diffrax.PIDController:
+    """Adaptive steps that keep the error of the *worst* example of a batch at a tolerance.
+
+    diffrax's own norm averages over the batch, where one example's error hides among the others'.
+
+    Args:
+        tolerance: relative and absolute, > 0.
+
+    Raises:
+        ValueError: unless tolerance > 0.
+    """
+    if not tolerance > 0.0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}.")
+    return diffrax.PIDController(rtol=tolerance, atol=tolerance, norm=_worst_example)
 
 
 @jit
@@ -313,29 +343,29 @@ def _solve(field, y0, t0, t1, solver, controller, max_steps):
     def term(clock, y, _):
         return jax.tree.map(lambda dy: sign * dy, field(sign * clock, y))
 
-    adaptive = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
+    chooses = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
     countable = _is_countable(solver)
-    watched = _FirstAttempts(controller) if adaptive and countable else controller
+    watched = _FirstAttempts(controller) if chooses and countable else controller
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(term),
         solver,
         sign * t0,
         sign * t1,
-        None,
+        0.01 * jnp.abs(t1 - t0) if chooses else None,
         y0,
         stepsize_controller=watched,
         saveat=diffrax.SaveAt(t1=True, controller_state=True),
         max_steps=max_steps,
     )
+    assert solution.stats is not None
     y1 = jax.tree.map(lambda leaf: leaf[-1], solution.ys)
     if not countable:
         return y1, jnp.asarray(-1)
     per_step, first = _calls_per_step(solver)
     calls = per_step * solution.stats["num_steps"]
-    if adaptive:
-        # Two calls chose the first step; every attempt at it computes the first stage anew.
-        return y1, calls + 2 + first * solution.controller_state[1]
-    return y1, calls + first
+    # Every attempt at the first step computes the first stage anew.
+    attempts: Any = solution.controller_state
+    return y1, calls + first * (attempts[1] if chooses else 1)
 
 
 def _levy_area(solver: diffrax.AbstractSolver) -> type:
@@ -363,15 +393,8 @@ def _calls_per_step(solver: diffrax.AbstractSolver) -> tuple[int, int]:
     )
 
 
-def _adaptive(tolerance: float) -> diffrax.PIDController:
-    return diffrax.PIDController(rtol=tolerance, atol=tolerance, norm=_worst_example)
-
-
 def _worst_example(error) -> Array:
-    """The largest root mean square over the examples of a batched state.
-
-    An average over the batch would let one example's error hide among the others'.
-    """
+    """The largest root mean square over the examples of a batched state."""
     leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(error)]
     return jnp.max(jnp.sqrt(jnp.mean(jnp.concatenate(leaves, axis=1) ** 2, axis=1)))
 
@@ -388,8 +411,9 @@ class _ExampleNoise(diffrax.AbstractBrownianPath):
     keys: Key
     shape: jax.ShapeDtypeStruct = eqx.field(static=True)
     levy_area: type = eqx.field(static=True)
-    t0: float = eqx.field(static=True, default=-math.inf)
-    t1: float = eqx.field(static=True, default=math.inf)
+    # Everywhere defined; pyright takes diffrax's abstract fields for mutable ones.
+    t0: Any = eqx.field(static=True, default=-math.inf)  # pyright: ignore[reportIncompatibleVariableOverride]
+    t1: Any = eqx.field(static=True, default=math.inf)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
         def increment(key):

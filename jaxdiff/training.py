@@ -24,15 +24,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxdiff.parallel import check_divisible, replicate, shard_batch
-from jaxdiff.typing import Batch, Key, Metrics, Params
+from jaxdiff.typing import Batch, Key, Metrics, Objective, Params
 
 __all__ = [
     "Batches",
     "NonFiniteLoss",
-    "Objective",
     "TrainState",
     "fit",
     "init_state",
@@ -40,9 +39,6 @@ __all__ = [
     "make_train_step",
     "warmup_cosine_adam",
 ]
-
-Objective = Callable[[Params, Key, Batch], tuple[Float[Array, "b"], Metrics]]
-"""(params, key, batch) -> loss per example [b], and named numbers [b] or scalar."""
 
 
 class TrainState(NamedTuple):
@@ -188,11 +184,11 @@ def warmup_cosine_adam(
     Raises:
         ValueError: if a value is outside its range.
     """
-    if learning_rate <= 0:
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
     if not 0 <= warmup < steps:
         raise ValueError(f"warmup must be in [0, steps={steps}), got {warmup}")
-    if clip <= 0:
+    if not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
     return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))

@@ -10,14 +10,13 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "jaxdiff-xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-import numpy as np
-import pytest
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +31,7 @@ def gmm_data():
 def gmm_null(gmm_data):
     """The energy distance of data to data at that size: the largest of eight."""
     import oracles
+
     from jaxdiff.metrics import energy_distance
 
     fresh = [oracles.GMM5.sample(jax.random.key(200 + i), 2000) for i in range(8)]

@@ -83,9 +83,7 @@ def gate(x, mixture: GaussianMixture, data) -> Gate:
 def passes(found: Gate, null: float, *, energy=2.0, weights=0.03, std=0.007) -> bool:
     """Whether samples pass the acceptance thresholds of an exact score."""
     return (
-        found.energy <= energy * null
-        and found.weights <= weights
-        and abs(found.std - 0.2) <= std
+        found.energy <= energy * null and found.weights <= weights and abs(found.std - 0.2) <= std
     )
 
 

@@ -238,6 +238,30 @@ def test_mlp_parameter_count():
     assert count(MLP(width, depth), (1, data)) == conditioning + ends + depth // 2 * block
 
 
+def test_mlp_parameter_count_with_waves_and_a_narrow_condition():
+    width, data, waves, narrow, dim = 16, 2, 5, 8, 64
+    conditioning = (dim + 1) * narrow + (narrow + 1) * narrow
+    ends = data * waves + (data + 2 * waves + 1) * width + (width + 1) * data
+    block = 2 * (width + 1) * width + (narrow + 1) * 2 * width
+    net = MLP(width, 2, waves=waves, condition_width=narrow)
+    assert count(net, (1, data)) == conditioning + ends + block
+
+
+def test_mlp_sees_waves_by_their_angles_alone():
+    """Blind to x itself, it has the period of its waves: x + 2π K⁻ᵀ m for whole numbers m."""
+    net = MLP(width=16, depth=2, waves=2)
+    x = vectors()
+    params = perturbed(net, x, LEVELS)
+    kernel = params["params"]["Dense_0"]["kernel"]
+    params["params"]["Dense_0"]["kernel"] = kernel.at[:2].set(0.0)
+    directions = params["params"]["waves_directions"]
+    period = 2 * jnp.pi * jnp.linalg.solve(directions.T, jnp.array([1.0, -2.0]))
+    out = net.apply(params, x, LEVELS)
+    np.testing.assert_allclose(net.apply(params, x + period[None], LEVELS), out, atol=2e-4)
+    moved = net.apply(params, x + 0.5 * period[None], LEVELS)
+    assert np.abs(moved - out).max() > 0.1
+
+
 @pytest.mark.parametrize("depth", [0, 3])
 def test_mlp_refuses_an_odd_depth(depth):
     with pytest.raises(ValueError, match=f"depth must be even.*{depth}"):

@@ -61,9 +61,7 @@ def test_outputs_are_what_their_names_say():
             found = ALL[name].target(process, X0, NOISE, t)
             np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5)
     straight = jd.Gaussian(SCHEDULES["straight"])
-    np.testing.assert_allclose(
-        jd.velocity().target(straight, X0, NOISE, t), NOISE - X0, rtol=1e-6
-    )
+    np.testing.assert_allclose(jd.velocity().target(straight, X0, NOISE, t), NOISE - X0, rtol=1e-6)
 
 
 def test_edm_is_the_papers_table():

@@ -176,7 +176,10 @@ def test_drift_and_diffusion_are_the_written_ones():
 def test_posterior_is_bayes(name, t, s):
     """A5: q(x_s | x_t, x_0) against prior times likelihood on a grid."""
     process = process_of(name)
-    x0, x = 0.6, float(process.marginal(jnp.array([0.6]), jnp.asarray(t)).from_noise(jnp.array([0.8]))[0])
+    x0, x = (
+        0.6,
+        float(process.marginal(jnp.array([0.6]), jnp.asarray(t)).from_noise(jnp.array([0.8]))[0]),
+    )
     found = process.posterior(
         jnp.array([x]), jd.Denoised(jnp.array([x0])), jnp.asarray(t), jnp.asarray(s)
     )

@@ -82,4 +82,4 @@ def _sample(step, denoise, grid, keys, x, *, trajectory):
 
     points = (jnp.arange(grid.shape[0] - 1), grid[:-1], grid[1:])
     (last, _), passed = jax.lax.scan(advance, (x, step.init(x)), points)
-    return jnp.concatenate([x[None], passed]) if trajectory else last
+    return last if passed is None else jnp.concatenate([x[None], passed])

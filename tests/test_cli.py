@@ -1,0 +1,521 @@
+"""The command line: mistakes, a run from beginning to end, and what its folder is good for."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdiff.checkpoints import restore_ema
+from jaxdiff.cli import main
+from jaxdiff.experiment import load_config, load_run
+
+# orbax leaves the coroutines of a failed read to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "configs" / "digits.py"
+
+# A whole experiment of one parameter, so that runs take a moment.
+SMALL = '''
+import functools
+from dataclasses import dataclass, replace
+import jax, jax.numpy as jnp, optax
+import jaxdiff as jd
+from jaxdiff import evaluation, plotting
+from jaxdiff.data.batches import Batches
+from jaxdiff.data.images import dequantize, load_images
+from jaxdiff.training import make_eval_step
+
+@dataclass(frozen=True)
+class Config:
+    """A model of one number."""
+    dataset: str
+    """Images."""
+    levels: int | None = None
+    """Number of grey levels; read off the data set if not given."""
+    rate: float = 0.1
+    """Learning rate, not negative."""
+    steps: int = 4
+    """Updates."""
+    batch_size: int = 8
+    """Images in a batch."""
+    sides: tuple[int, ...] = (1, 2)
+    """A tuple."""
+    fault: str = ""
+    """What goes wrong, where."""
+
+def apply(params, x, noise_level):
+    return params["w"] * x
+
+def experiment(config):
+    if config.rate < 0:
+        raise ValueError(f"rate must not be negative, got {config.rate}.")
+    images = functools.partial(load_images, config.dataset)
+    config = replace(config, levels=images("train").levels)
+    shape = images("train").x.shape[1:]
+    process = jd.Gaussian(jd.linear_beta())
+    denoising = jd.denoising(apply, process, jd.epsilon())
+
+    def objective(params, key, batch):
+        x = dequantize(key, batch["x"], config.levels)
+        loss, metrics = denoising(params, key, {"x": x})
+        return (jnp.log(-1.0) if config.fault == "loss" else 1.0) * loss, metrics
+
+    def denoiser(params):
+        return jd.NetDenoiser(params, process, apply, jd.epsilon())
+
+    def sample(params, key, n):
+        x = process.prior((n, *shape)).sample(key)
+        return jd.sample(jd.DDIM(process), denoiser(params), jd.grids.uniform(2), key, x)
+
+    def trajectory(params, key, n):
+        x = process.prior((n, *shape)).sample(key)
+        grid = jd.grids.uniform(7)
+        states = jd.sample(jd.DDIM(process), denoiser(params), grid, key, x, trajectory=True)
+        return states, grid
+
+    def evaluate(params, key):
+        if config.fault == "evaluate":
+            raise ValueError("a bug of the evaluation")
+        likelihood = evaluation.likelihood_report(
+            process, denoiser(params), images("test"), key, probes=1
+        )
+        samples = evaluation.sample_report(
+            sample(params, key, 16), images("train"), images("test"), key
+        )
+        return {"likelihood": likelihood, "samples": samples}
+
+    return jd.Experiment(
+        config=config,
+        init=lambda key: {"w": jax.random.uniform(key)},
+        objective=objective,
+        optimizer=optax.sgd(config.rate),
+        ema_decay=0.5,
+        steps=config.steps,
+        seed=0,
+        batches=lambda: Batches({"x": images("train").x}, config.batch_size),
+        validate=lambda params: {"w": float(params["w"])},
+        sample=sample,
+        trajectory=trajectory,
+        evaluate=evaluate,
+        draw=plotting.image_grid,
+        draw_trajectory=lambda states, times, path: plotting.trajectory_grid(
+            states, path, times=times.tolist()
+        ),
+    )
+'''
+
+
+def pictures(n=60):
+    """n grey pictures of 8×8 pixels in three classes of different brightness."""
+    label = np.arange(n) % 3
+    noise = np.random.default_rng(0).integers(0, 60, (n, 8, 8))
+    return (noise + 80 * label[:, None, None]).astype(np.uint8), label
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    path = tmp_path_factory.mktemp("npz") / "own.npz"
+    x, y = pictures()
+    np.savez(path, x=x, y=y)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory, small, npz):
+    """A trained run; the tests that change it copy it."""
+    run = tmp_path_factory.mktemp("runs") / "deep" / "run"
+    command(small, npz, run)
+    return run
+
+
+@pytest.fixture
+def copied_run(small_run, tmp_path):
+    return Path(shutil.copytree(small_run, tmp_path / "copied"))
+
+
+def command(config, dataset, run, *options):
+    words = ["train", config, "--workdir", run, "--dataset", dataset, "--no-progress", *options]
+    main([str(word) for word in words])
+
+
+def files(folder):
+    """All files with their contents' length and time of change."""
+    return {
+        path.relative_to(folder): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def mistake(capsys, *words, code=2):
+    """Runs a command that must fail with one line, and returns the line."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in words])
+    written = capsys.readouterr().err
+    assert stopped.value.code == code, written
+    assert written.startswith("jaxdiff: error: "), written
+    assert written.count("\n") == 1, written
+    assert written.endswith("\n")
+    assert "─" not in written
+    assert "---" not in written
+    return written
+
+
+# Mistakes
+
+OPTIONS = {
+    "unknown": (["--nope", "1"], "--nope"),
+    "misspelt": (["--widht", "8"], "--width"),
+    "stray word": (["stray"], "stray"),
+    "no value": (["--width"], "--width"),
+    "no number": (["--width", "wide"], "--width"),
+    "no whole number": (["--width", "1.5"], "--width"),
+    "no list of numbers": (["--multipliers", "1", "b"], "--multipliers"),
+    "no steps": (["--steps", "0"], "steps"),
+    "negative width": (["--width", "-1"], "width"),
+    "no width": (["--width", "0"], "width"),
+    "negative blocks": (["--blocks", "-1"], "blocks"),
+    "negative rate": (["--learning-rate", "-1"], "learning_rate"),
+    "dropout of all": (["--dropout", "1"], "dropout"),
+    "huge batch": (["--batch-size", "100000"], "batch_size"),
+    "no batch": (["--batch-size", "0"], "batch_size"),
+    "indivisible batch": (["--batch-size", "6"], "multiple of 4 devices"),
+    "no beta": (["--beta-max", "0"], "beta_max"),
+    "negative beta": (["--beta-min", "-1"], "beta_min"),
+    "negative seed": (["--seed", "-1"], "seed"),
+    "long warm-up": (["--warmup", "4"], "warmup"),
+    "no clip": (["--clip", "0"], "clip"),
+    "endless average": (["--ema-decay", "1"], "ema_decay"),
+    "no sampler steps": (["--sampler-steps", "0"], "steps"),
+    "no samples": (["--eval-samples", "0"], "eval_samples"),
+    "no probes": (["--probes", "0"], "probes"),
+    "no tolerance": (["--tolerance", "0"], "tolerance"),
+    "no data set": (["--dataset", "missing.npz"], "missing.npz"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_bad_option_is_one_line(name, npz, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jaxdiff.cli.fit", None)  # whatever gets so far has gone too far
+    options, named = OPTIONS[name]
+    base = ["--workdir", "run", "--dataset", npz, "--steps", "4", "--warmup", "1"]
+    assert named in mistake(capsys, "train", DIGITS, *base, "--batch-size", "8", *options)
+    assert not list(tmp_path.iterdir())
+
+
+COMMANDS = {
+    "no command": ([], "train, sample, eval"),
+    "unknown command": (["fly"], "'fly'"),
+    "no config": (["train"], "config"),
+    "option for config": (["train", "--workdir", "run"], "config"),
+    "missing config": (["train", "nope.py", "--workdir", "run"], "nope.py"),
+    "config is no Python": (["train", "notes.txt", "--workdir", "run"], "notes.txt"),
+    "config without Config": (["train", "empty.py", "--workdir", "run"], "Config"),
+    "config that fails": (["train", "broken.py", "--workdir", "run"], "ZeroDivisionError"),
+    "config is no code": (["train", "garbled.py", "--workdir", "run"], "SyntaxError"),
+    "no workdir": (["train", DIGITS], "--workdir"),
+    "no run": (["sample"], "PATH"),
+    "missing run": (["sample", "nope"], "nope"),
+    "empty run": (["eval", "empty"], "empty"),
+    "foreign run": (["sample", "foreign"], "foreign"),
+    "file as run": (["eval", "notes.txt"], "notes.txt"),
+    "no samples": (["sample", "foreign", "--num", "0"], "--num"),
+    "half a sample": (["sample", "foreign", "--num", "1.5"], "--num"),
+    "out is no picture": (["sample", "foreign", "--out", "x.gif"], ".png"),
+    "out is a folder": (["sample", "foreign", "--out", "folder.png"], "folder.png"),
+    "no folder for out": (["sample", "foreign", "--out", "nope/x.png"], "nope"),
+    "negative seed": (["eval", "foreign", "--seed", "-1"], "--seed"),
+    "unknown option": (["eval", "foreign", "--nope"], "--nope"),
+}
+
+
+@pytest.fixture
+def strange(tmp_path, monkeypatch):
+    """A working directory of things that are neither configs nor runs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "empty.py").write_text("def experiment(config): ...")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "garbled.py").write_text("class (")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_bad_command_is_one_line(name, strange, capsys):
+    before = files(strange)
+    words, named = COMMANDS[name]
+    assert named in mistake(capsys, *words)
+    assert files(strange) == before
+
+
+@pytest.mark.parametrize("workdir", ["foreign", "notes.txt", "notes.txt/run"])
+def test_workdir_of_something_else_is_refused(workdir, strange, small, npz, capsys):
+    before = files(strange)
+    words = ["train", small, "--workdir", workdir, "--dataset", npz]
+    assert "notes.txt" in (line := mistake(capsys, *words)) or "foreign" in line
+    assert files(strange) == before
+
+
+def test_a_bug_keeps_its_traceback(small, npz, tmp_path):
+    """A ValueError of the work itself is nobody's mistake."""
+    with pytest.raises(ValueError, match="a bug of the evaluation"):
+        command(small, npz, tmp_path / "run", "--fault", "evaluate")
+
+
+def test_non_finite_loss_is_one_line_and_code_1(small, npz, tmp_path, capsys):
+    words = ["train", small, "--workdir", tmp_path / "run", "--dataset", npz, "--no-progress"]
+    line = mistake(capsys, *words, "--fault", "loss", code=1)
+    assert "nan at step 1" in line
+
+
+def test_mistakes_end_a_process_with_code_2(tmp_path):
+    """The same from outside, where nothing is caught by pytest."""
+    code = "from jaxdiff.cli import main; main()"
+    for words in (["fly"], ["train", str(DIGITS), "--workdir", "run", "--width", "wide"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "COLUMNS": "40"},
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"jaxdiff: error: [^\n]+\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+# Help
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["train", "--help"]])
+def test_help_names_the_commands(words, capsys):
+    main(words)
+    shown = capsys.readouterr().out
+    assert all(f"jaxdiff {name}" in shown for name in ("train", "sample", "eval"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_help_lists_every_field_with_its_default(path, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(path), "--workdir", "run", "--steps", "3000", "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, field in load_config(path).Config.__dataclass_fields__.items():
+        values = field.default if isinstance(field.default, tuple) else [field.default]
+        written = " ".join(str(value) for value in values)
+        option = shown.partition(f" --{name.replace('_', '-')} ")[2].partition(" --")[0]
+        assert f"(default: {written})" in option, name
+    assert not list(tmp_path.iterdir())
+
+
+# Runs
+
+
+def test_run_leaves_what_it_promises(small_run, small):
+    left = {path.name for path in small_run.iterdir()}
+    assert left == {
+        "checkpoints",
+        "config.json",
+        "config.py",
+        "eval.json",
+        "metrics.jsonl",
+        "samples",
+        "samples.png",
+        "tensorboard",
+        "trajectory.png",
+    }
+    assert (small_run / "config.py").read_text() == small.read_text()
+    values = json.loads((small_run / "config.json").read_text())
+    assert (values["levels"], values["sides"], values["steps"]) == (256, [1, 2], 4)
+    assert [path.name for path in (small_run / "checkpoints").iterdir()] == ["4"]
+    assert list((small_run / "tensorboard").glob("events.*"))
+
+
+def test_sample_and_eval_need_only_the_folder(copied_run, tmp_path, monkeypatch, capsys):
+    """Wherever the folder went, whatever became of the config, and from any directory."""
+    monkeypatch.chdir(tmp_path)
+    main(["sample", str(copied_run), "--num", "5", "--out", "five.png"])
+    with Image.open("five.png") as picture:
+        assert picture.size[0] > picture.size[1] >= 8  # 3 columns, 2 rows
+    first = json.loads((copied_run / "eval.json").read_text())
+    (copied_run / "eval.json").unlink()
+    main(["eval", str(copied_run)])
+    again = json.loads((copied_run / "eval.json").read_text())
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    shown = capsys.readouterr().out
+    assert json.loads(shown[shown.index("{") : shown.rindex("}") + 1]) == again
+
+
+def test_seed_makes_the_samples(copied_run, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        main(
+            [
+                "sample",
+                str(copied_run),
+                "--num",
+                "4",
+                "--seed",
+                str(seed),
+                "--out",
+                f"{tmp_path}/{name}.png",
+            ]
+        )
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_finished_run_is_not_trained_again(copied_run, small, npz):
+    kept = ("checkpoints", "metrics.jsonl", "tensorboard")
+    before = {path: v for path, v in files(copied_run).items() if path.parts[0] in kept}
+    command(small, npz, copied_run)
+    after = {path: v for path, v in files(copied_run).items() if path.parts[0] in kept}
+    assert after == before
+
+
+def test_more_steps_go_on_as_if_never_stopped(copied_run, small, npz, tmp_path):
+    command(small, npz, copied_run, "--steps", "7")
+    command(small, npz, tmp_path / "straight", "--steps", "7")
+    rows = [json.loads(line) for line in (copied_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [4, 7]
+    assert json.loads((copied_run / "config.json").read_text())["steps"] == 7
+    abstract = jax.eval_shape(load_run(copied_run).init, jax.random.key(0))
+    resumed, straight = (
+        restore_ema(run / "checkpoints", abstract) for run in (copied_run, tmp_path / "straight")
+    )
+    assert float(resumed["w"]) == float(straight["w"])
+
+
+def test_other_values_are_refused(copied_run, small, npz, capsys):
+    before = files(copied_run)
+    words = ["train", small, "--workdir", copied_run, "--dataset", npz, "--rate", "0.2"]
+    line = mistake(capsys, *words)
+    assert "rate=0.1" in line
+    assert "0.2" in line
+    assert files(copied_run) == before
+
+
+def test_run_without_checkpoint_is_a_mistake(copied_run, capsys):
+    shutil.rmtree(copied_run / "checkpoints")
+    assert "checkpoint" in mistake(capsys, "sample", copied_run, "--out", copied_run / "x.png")
+    (copied_run / "checkpoints").mkdir()
+    assert "checkpoint" in mistake(capsys, "eval", copied_run)
+
+
+def test_damaged_checkpoints_are_one_line_and_code_1(copied_run, small, npz, capsys):
+    for path in (copied_run / "checkpoints").rglob("*"):
+        if path.is_file() and path.name not in ("_CHECKPOINT_METADATA", "_METADATA"):
+            path.write_bytes(b"")
+    line = mistake(capsys, "sample", copied_run, "--out", copied_run / "x.png", code=1)
+    assert "damaged" in line
+    words = ["train", small, "--workdir", copied_run, "--dataset", npz, "--no-progress"]
+    assert "damaged" in mistake(capsys, *words, code=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("{", "config.json"), ("[1]", "config.json"), ('{"nope": 1}', "nope")],
+)
+def test_garbled_run_is_a_mistake(text, named, copied_run, capsys):
+    (copied_run / "config.json").write_text(text)
+    assert named in mistake(capsys, "eval", copied_run)
+
+
+def test_own_folder_of_labelled_pictures(small, npz, tmp_path):
+    """The same pictures as PNG files: classes from the sub-folders, and the same data."""
+    for i, (x, y) in enumerate(zip(*pictures(), strict=True)):
+        folder = tmp_path / "own" / ("dark", "grey", "light")[y]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x).save(folder / f"{i:03d}.png")
+    run = tmp_path / "run"
+    command(small, tmp_path / "own", run)
+    report = json.loads((run / "eval.json").read_text())
+    assert list(report["samples"]["class_counts"]) == ["0", "1", "2"]
+    assert sum(report["samples"]["class_counts"].values()) == 16
+    assert (report["likelihood"]["images"], report["likelihood"]["levels"]) == (6, 256)
+
+
+@pytest.mark.parametrize("option", [[], ["--levels", "256", "--shape", "8", "8", "1"]])
+def test_digits_config_takes_own_data(option, npz, tmp_path, capsys, monkeypatch):
+    """`configs/digits.py --dataset own.npz`: the data decide on shape and levels."""
+    trained = {}
+
+    def stop(train_step, state, batches, **options):
+        trained.update(options["config"], batch=batches[0]["x"].shape)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxdiff.cli.fit", stop)
+    words = ["--workdir", tmp_path / "run", "--batch-size", "8", "--width", "8", *option]
+    line = mistake(capsys, "train", DIGITS, "--dataset", npz, *words, code=130)
+    assert "the same command goes on" in line
+    assert (tuple(trained["shape"]), trained["levels"]) == ((8, 8, 1), 256)
+    assert trained["batch"] == (8, 8, 8, 1)
+
+
+# The command of the README, at a hundredth of its size
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder / "data"))
+        size = "--width 8 --blocks 1 --multipliers 1 --steps 4 --warmup 1 --batch-size 16"
+        evaluation = "--sampler-steps 4 --eval-samples 64 --probes 2 --tolerance 0.1"
+        command(DIGITS, "digits", folder / "run", *size.split(), *evaluation.split())
+    return folder / "run"
+
+
+def test_digits_run_reports_what_is_promised(digits_run):
+    report = json.loads((digits_run / "eval.json").read_text())
+    likelihood, samples = report["likelihood"], report["samples"]
+    assert (likelihood["dequantisation"], likelihood["levels"]) == ("uniform", 17)
+    assert (likelihood["images"], likelihood["probes"]) == (447, 2)
+    # bits/dim = nats / (64 ln 2) + log₂ 17 − 1
+    bits = likelihood["nll_nats"] / (64 * math.log(2)) + math.log2(17) - 1
+    assert likelihood["bits_per_dim"] == pytest.approx(bits, rel=1e-6)
+    assert likelihood["bits_per_dim_stderr"] > 0
+    assert likelihood["network_calls"] > 10
+    assert samples["samples"] == 64
+    assert sum(samples["class_counts"].values()) == 64
+    assert set(samples["class_counts"]) == set("0123456789")
+    assert samples["energy_distance"] > samples["energy_null"] > 0  # four updates make no digits
+    assert samples["confident_share"] < samples["confident_share_test"] < 1
+    neighbours = samples["neighbours"]
+    assert neighbours["samples_median"] > neighbours["heldout_median"] > 0
+    assert report["seconds"] > 0
+
+
+def test_digits_run_leaves_its_pictures_and_metrics(digits_run):
+    for name in ("samples.png", "trajectory.png", "samples/step-000004.png"):
+        with Image.open(digits_run / name) as picture:
+            assert np.ptp(np.asarray(picture.convert("L"))) > 100, f"{name} is blank"
+    rows = [json.loads(line) for line in (digits_run / "metrics.jsonl").read_text().splitlines()]
+    merged = {name: value for row in rows for name, value in row.items()}
+    assert {"step", "loss", "steps/s", "examples/s", "validation/loss"} <= set(merged)
+    assert merged["step"] == 4
+    assert (digits_run / "checkpoints" / "4").is_dir()
+    assert list((digits_run / "tensorboard").glob("events.*"))

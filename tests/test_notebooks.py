@@ -1,0 +1,99 @@
+"""The notebooks run from top to bottom, and say at reduced size what they say at full."""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="needs the notebooks extra")
+nbclient = pytest.importorskip("nbclient", reason="needs the notebooks extra")
+pytest.importorskip("ipykernel", reason="needs the notebooks extra")
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+# What the cell tagged "parameters" is replaced by, for each notebook.
+REDUCED = {"01_quickstart": "STEPS, BATCH, WIDTH, BLOCKS, CALLS, IMAGES = 20, 32, 8, 1, 8, 16"}
+
+
+def read(name):
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def parameters(notebook):
+    (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    return cell
+
+
+def names(source):
+    return re.findall(r"\b[A-Z]{2,}\b", re.sub("#.*", "", source))
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The executed notebook."""
+    notebook = read("01_quickstart")
+    parameters(notebook).source = REDUCED["01_quickstart"]
+    folder = tmp_path_factory.mktemp("notebook")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder / "data"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        client = nbclient.NotebookClient(
+            notebook,
+            timeout=600,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(folder)}},
+        )
+        client.execute()
+    return notebook
+
+
+def printed(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+def test_every_notebook_is_executed():
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(REDUCED)
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_notebook_is_stored_clean(name):
+    """No outputs, no counts, and the names that the test replaces are those of the notebook."""
+    notebook = read(name)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+    assert names(parameters(notebook).source) == names(REDUCED[name])
+    assert "pip install" in next(c.source for c in notebook.cells if c.cell_type == "code")
+
+
+def test_quickstart_draws_its_pictures(quickstart):
+    pictures = [
+        output.data["image/png"]
+        for cell in quickstart.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "execute_result" and "image/png" in output.data
+    ]
+    assert len(pictures) == len(set(pictures)) == 6
+
+
+def test_quickstart_finds_its_numbers(quickstart):
+    text = printed(quickstart)
+    assert "1000 images to train on, 447 to test; (8, 8, 1), 17 grey levels" in text
+    # A network that was hardly trained is a poor density, and still an invertible flow.
+    (error,) = re.findall(r"root mean square error ([\d.]+);", text)
+    assert float(error) < 0.02
+    ((bits, stderr),) = re.findall(r"([\d.]+) ± ([\d.]+) bits/dim", text)
+    assert math.log2(17) / 4 < float(bits) < 12
+    assert 0 < float(stderr) < 0.1 * float(bits)
+
+
+def test_quickstart_runs_on_this_interpreter(quickstart):
+    version = quickstart.metadata.language_info.version
+    assert version == ".".join(map(str, sys.version_info[:3]))

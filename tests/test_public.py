@@ -1,0 +1,386 @@
+"""Every public object: what it survives, that it is documented, and what importing it costs."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import itertools
+import pickle
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxdiff
+import jaxdiff as jd
+from jaxdiff import parameterizations, schedules
+from jaxdiff.data import mixture, toys
+from jaxdiff.processes.base import example_keys
+
+ROOT = Path(__file__).parent.parent
+KEY = jax.random.key(0)
+KEYS = example_keys(KEY, 3)
+X = jax.random.normal(KEY, (3, 2))
+T, S = jnp.float32(0.6), jnp.float32(0.4)
+VP = jd.Gaussian(jd.linear_beta())
+BATCH = {"x": X}
+
+
+def apply(params, x, noise_level):
+    return params["w"] * jnp.tanh(x + 0.5 * x[:, ::-1]) + noise_level[:, None]
+
+
+def halves(key, process, n):
+    return jnp.full(n, 0.5), jnp.ones(n)
+
+
+def denoiser(w=1.0, process=VP, parameterization=None):
+    return jd.NetDenoiser({"w": jnp.float32(w)}, process, apply, parameterization or jd.epsilon())
+
+
+class Noun(NamedTuple):
+    """How to make an object from a number, and what to ask of it."""
+
+    make: Callable[[float], Any]
+    use: Callable[[Any], jax.Array]
+
+
+def _schedule(make):
+    return Noun(make, lambda schedule: jnp.stack(schedule(T)))
+
+
+def _parameterization(make):
+    return Noun(make, lambda p: p.denoised(VP, X[0], X[1], T).mean + p.inputs(VP, X[1], T)[0])
+
+
+def _step(make):
+    return Noun(make, lambda step: step.update(KEYS, X, step.init(X), T, S, denoiser())[0])
+
+
+def _denoiser(make):
+    return Noun(make, lambda denoise: denoise(X, T).mean)
+
+
+# One entry a class; the number reaches a leaf wherever the class has any.
+NOUNS = {
+    "LinearBeta": _schedule(lambda n: jd.linear_beta(0.1, 10.0 + n)),
+    "SubVP": _schedule(lambda n: jd.subvp(0.1, 10.0 + n)),
+    "Cosine": _schedule(lambda n: jd.cosine(0.008 * n)),
+    "Exploding": _schedule(lambda n: jd.exploding(0.01, 10.0 + n)),
+    "EDMSchedule": _schedule(lambda n: jd.edm(0.002, 10.0 + n)),
+    "Straight": _schedule(lambda n: jd.straight()),
+    "TabulatedBeta": _schedule(lambda n: jd.from_betas([0.01 * n, 0.02, 0.03])),
+    "Epsilon": _parameterization(lambda n: jd.epsilon()),
+    "X0": _parameterization(lambda n: jd.x0()),
+    "V": _parameterization(lambda n: jd.v()),
+    "Score": _parameterization(lambda n: jd.score()),
+    "Velocity": _parameterization(lambda n: jd.velocity()),
+    "EDM": _parameterization(lambda n: parameterizations.edm(0.5 * n)),
+    "Normal": Noun(lambda n: jd.Normal(X[0], n), lambda normal: normal.log_prob(X[1])),
+    "Gaussian": Noun(
+        lambda n: jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)),
+        lambda process: process.posterior(X[0], jd.Denoised(X[1], 0.1), T, S).sample(KEY),
+    ),
+    "Ancestral": _step(lambda n: jd.Ancestral(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)))),
+    "DDIM": _step(lambda n: jd.DDIM(VP, eta=0.2 * n)),
+    "NetDenoiser": _denoiser(denoiser),
+    "CFG": _denoiser(lambda n: jd.CFG(denoiser(1.0), denoiser(0.5), weight=n)),
+    "UnitVariance": Noun(
+        lambda n: jd.UnitVariance(VP, denoiser(n)), lambda denoise: sum(denoise(X, T), 0.0)
+    ),
+    "Denoising": Noun(
+        lambda n: jd.denoising(
+            apply,
+            jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)),
+            parameterizations.edm(),
+            time_sampler=halves,
+        ),
+        lambda objective: objective({"w": jnp.float32(1.0)}, KEY, BATCH)[0],
+    ),
+    "GaussianMixture": Noun(
+        lambda n: mixture.gaussian_mixture([0.3, 0.7], [[0.0, n], [1.0, 0.0]], 0.5),
+        lambda law: jax.vmap(law.log_prob)(X),
+    ),
+    "MixtureDenoiser": _denoiser(
+        lambda n: mixture.gmm5().denoiser(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)))
+    ),
+    "Toy": Noun(
+        lambda n: dataclasses.replace(toys.rings, entropy=n),
+        lambda toy: toy.sample(KEY, 3) + toy.entropy,
+    ),
+}
+every_noun = pytest.mark.parametrize("name", NOUNS)
+
+
+def _modules():
+    """All of the library but the one that is made of TFDS."""
+    names = [info.name for info in pkgutil.walk_packages(jaxdiff.__path__, "jaxdiff.")]
+    return [importlib.import_module(name) for name in names if name != "jaxdiff.data.digits"]
+
+
+def _public(module):
+    return [(name, getattr(module, name)) for name in getattr(module, "__all__", [])]
+
+
+# Nouns
+
+
+def test_registry_misses_no_noun():
+    """A new `struct.dataclass` has to be entered above."""
+    found = {
+        value.__name__
+        for module in _modules()
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and value.__module__.startswith("jaxdiff")
+        and "__dataclass_fields__" in vars(value)
+        and inspect.getmodule(value) is module
+        and value.__eq__ is object.__eq__  # the mark of `struct.dataclass`
+    }
+    assert found - {"Linear"} == set(NOUNS)  # Linear is the abstract part of several
+    for name, noun in NOUNS.items():
+        assert type(noun.make(1.0)).__name__ == name
+
+
+@every_noun
+def test_noun_is_an_argument_that_compiles_once(name):
+    make, use = NOUNS[name]
+    traces = []
+
+    @jax.jit
+    def compiled(noun):
+        traces.append(noun)
+        return use(noun)
+
+    first, second = compiled(make(1.0)), compiled(make(1.5))
+    np.testing.assert_allclose(first, use(make(1.0)), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(second, use(make(1.5)), rtol=2e-5, atol=1e-6)
+    assert len(traces) == 1
+    if jax.tree.leaves(make(1.0)):
+        assert not np.allclose(first, second), "the number does not reach the result"
+
+
+@every_noun
+def test_noun_survives_tree_map_and_pickle(name):
+    make, use = NOUNS[name]
+    noun = make(1.0)
+    expected = use(noun)
+    for copy in (jax.tree.map(lambda leaf: leaf, noun), pickle.loads(pickle.dumps(noun))):
+        assert type(copy) is type(noun)
+        assert jax.tree.structure(copy) == jax.tree.structure(noun)
+        np.testing.assert_array_equal(use(copy), expected)
+
+
+@every_noun
+def test_noun_holds_whatever_jax_puts_in_it(name):
+    """JAX rebuilds trees of shapes, tracers and sentinels: nothing may be validated there."""
+    noun = NOUNS[name].make(1.0)
+    sentinels = jax.tree.map(lambda _: object(), noun)
+    assert jax.tree.structure(sentinels) == jax.tree.structure(noun)
+    assert jax.tree.leaves(jax.tree.map(lambda _: None, noun)) == []
+
+
+def test_nouns_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        jd.linear_beta().beta_max = 3.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_structures_tell_classes_apart():
+    structures = {name: jax.tree.structure(noun.make(1.0)) for name, noun in NOUNS.items()}
+    for one, other in itertools.combinations(structures, 2):
+        assert structures[one] != structures[other], f"{one} passes for {other}"
+
+
+def test_a_compiled_function_does_not_answer_for_another_class():
+    """The trap of `jaxdiff.struct`, end to end: two schedules of two numbers each."""
+    compiled = jax.jit(lambda schedule: jnp.stack(schedule(T)))
+    for make in (jd.linear_beta, jd.subvp, jd.exploding):
+        np.testing.assert_allclose(compiled(make()), jnp.stack(make()(T)), rtol=1e-6)
+
+
+def test_jax_still_takes_dataclasses_for_one_another():
+    """Pins the fault that `jaxdiff.struct` avoids: once this fails, flax's dataclass will do.
+
+    The hashes differ, so whether a cache is taken in is a matter of luck.
+    """
+
+    @flax.struct.dataclass
+    class Double:
+        x: float
+
+    @flax.struct.dataclass
+    class Triple:
+        x: float
+
+    assert jax.tree.structure(Double(1.0)) == jax.tree.structure(Triple(1.0))
+
+
+def test_options_are_compiled_in_and_compared():
+    """`pytree_node=False` fields belong to the structure."""
+    plain, other = jd.epsilon(), jd.epsilon(noise_level=parameterizations.log_sigma)
+    assert jax.tree.structure(plain) != jax.tree.structure(other)
+    assert jax.tree.leaves(plain) == []
+
+
+def test_paths_name_fields():
+    """Error messages of JAX speak of `.schedule.beta_max`, not of an index."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(VP)]
+    assert paths == [".schedule.beta_min", ".schedule.beta_max"]
+
+
+@pytest.mark.parametrize("kind", ["sample", "reverse_sde", "probability_flow", "log_likelihood"])
+def test_no_sweep_compiles_anew(kind):
+    """Keys, weights, β, η, the guidance weight and times: one trace for all."""
+    traces = []
+
+    def counted(params, x, noise_level):
+        traces.append(kind)
+        return apply(params, x, noise_level)
+
+    def run(key=KEY, w=1.0, beta_max=20.0, eta=0.5, weight=2.0, end=1e-3):
+        process = jd.Gaussian(jd.linear_beta(0.1, beta_max))
+        nets = [
+            jd.NetDenoiser({"w": jnp.float32(v)}, process, counted, jd.epsilon()) for v in (w, 0.1)
+        ]
+        denoise = jd.CFG(nets[0], nets[1], weight=weight)
+        grid = jd.grids.uniform(5, end=end)
+        if kind == "sample":
+            return jd.sample(jd.DDIM(process, eta=eta), denoise, grid, key, X)
+        if kind == "reverse_sde":
+            return jd.reverse_sde(process, denoise, key, X, grid, eta=eta)
+        if kind == "probability_flow":
+            return jd.probability_flow(process, denoise, X, 1.0, end)
+        return jd.log_likelihood(process, denoise, X, key=key, probes=2, t0=end).value
+
+    first = run()
+    count = len(traces)
+    assert count > 0
+    sweeps = [{"w": 1.1}, {"beta_max": 19.0}, {"weight": 1.0}, {"end": 2e-3}]
+    if kind != "probability_flow":
+        sweeps.append({"key": jax.random.key(1)})
+    if kind in ("sample", "reverse_sde"):
+        sweeps.append({"eta": 0.7})
+    for sweep in sweeps:
+        assert not np.allclose(run(**sweep), first, rtol=1e-6, atol=0), f"{sweep} changes nothing"
+    assert len(traces) == count
+
+
+# Documentation
+
+
+def test_every_public_name_exists_and_is_documented():
+    missing = []
+    for module in _modules():
+        assert module.__doc__ or hasattr(module, "__path__"), f"{module.__name__} has no docstring"
+        for name, value in _public(module):
+            if inspect.isroutine(value) or inspect.isclass(value):
+                missing += _undocumented(f"{module.__name__}.{name}", value)
+    assert not missing
+
+
+def _undocumented(name, value):
+    missing = [] if inspect.getdoc(value) else [name]
+    if inspect.isclass(value):
+        methods = inspect.getmembers(value, inspect.isfunction)
+        own = [(m, f) for m, f in methods if not m.startswith("_")]
+        own = [(m, f) for m, f in own if f.__module__.startswith("jaxdiff")]
+        missing += [f"{name}.{m}" for m, f in own if not inspect.getdoc(f)]
+    return missing
+
+
+def test_top_level_functions_document_their_arguments():
+    """Every parameter of every function that `jaxdiff` offers stands under its Args."""
+    functions = [value for value in vars(jd).values() if inspect.isroutine(value)]
+    functions += [value for name, value in _public(schedules) if inspect.isroutine(value)]
+    for function in functions:
+        doc = inspect.getdoc(function) or ""
+        for parameter in inspect.signature(function).parameters:
+            if len(inspect.signature(function).parameters) > 2 or "Args:" in doc:
+                assert re.search(rf"^\s*\*?{parameter}: ", doc, re.M), (function, parameter)
+
+
+def test_modules_say_what_is_public():
+    for module in _modules():
+        if not hasattr(module, "__path__"):
+            assert hasattr(module, "__all__"), f"{module.__name__} has no __all__"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_config_fields_are_documented_and_used(path):
+    tree = ast.parse(path.read_text())
+    (config,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    assert ast.get_docstring(config)
+    fields = []
+    for node, after in itertools.pairwise([*config.body, None]):
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(node.target, ast.Name)
+            assert node.value is not None, f"{node.target.id} has no default"
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert documented, f"{node.target.id} is not documented"
+            fields.append(node.target.id)
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "config"
+    }
+    assert set(fields) == used
+
+
+# Imports
+
+
+HEAVY = {
+    "PIL",
+    "grain",
+    "matplotlib",
+    "orbax",
+    "sklearn",
+    "tensorboardX",
+    "tensorflow",
+    "tensorflow_datasets",
+    "torch",
+    "tqdm",
+    "tyro",
+}
+
+
+def test_importing_jaxdiff_loads_nothing_heavy():
+    code = "import sys, jaxdiff; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "jax" in loaded
+    assert loaded.isdisjoint(HEAVY), sorted(loaded & HEAVY)
+
+
+def test_importing_jaxdiff_changes_no_settings():
+    """Neither JAX's configuration, nor its choice of devices, which is made on first use."""
+    code = (
+        "import jax\n"
+        "before = dict(jax.config.values)\n"
+        "import jaxdiff, jaxdiff.networks, jaxdiff.plotting, jaxdiff.evaluation, jaxdiff.cli\n"
+        "changed = {k for k, v in jax.config.values.items() if before.get(k, v) != v}\n"
+        "from jax._src import xla_bridge\n"
+        "print(changed or 'same', xla_bridge.backends_are_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["same", "False"]
+
+
+def test_imports_point_one_way():
+    """The contracts of .importlinter."""
+    pytest.importorskip("importlinter")
+    code = "from importlinter.cli import lint_imports_command as lint; lint(['--no-cache'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
