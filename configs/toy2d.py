@@ -56,7 +56,7 @@ class Config:
     learning_rate: float = 2e-3
     """Highest rate of Adam; warmed up, then lowered along a cosine."""
     warmup: int = 200
-    """Updates of the warm-up."""
+    """Updates of the warm-up; at most a tenth of all."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema_decay: float = 0.999
@@ -163,7 +163,10 @@ def experiment(config: Config) -> jd.Experiment:
         init=lambda key: net.init(key, jnp.zeros((1, 2)), jnp.zeros(1)),
         objective=objective,
         optimizer=warmup_cosine_adam(
-            config.learning_rate, steps=config.steps, warmup=config.warmup, clip=config.clip
+            config.learning_rate,
+            steps=config.steps,
+            warmup=min(config.warmup, config.steps // 10),
+            clip=config.clip,
         ),
         ema_decay=config.ema_decay,
         steps=config.steps,
@@ -177,5 +180,6 @@ def experiment(config: Config) -> jd.Experiment:
         draw_trajectory=lambda states, times, path: plotting.point_trajectory(
             states, path, times=np.asarray(times).tolist()
         ),
+        shown=(2000, 1000),
         intervals={"log_every": 500, "eval_every": 5000, "save_every": 5000},
     )

@@ -138,7 +138,8 @@ def _train(words: Sequence[str]) -> None:
         _keep_compiled(options.compilation_cache)
     _fit(experiment, train_step, batches, options.workdir, mesh, progress=options.progress)
     params = _parameters(experiment, options.workdir)
-    _draw_samples(experiment, params, options.workdir / "samples.png", num=64, seed=experiment.seed)
+    picture = options.workdir / "samples.png"
+    _draw_samples(experiment, params, picture, num=experiment.shown[0], seed=experiment.seed)
     _draw_trajectory(experiment, params, options.workdir / "trajectory.png", seed=experiment.seed)
     _write_report(experiment, params, options.workdir / "eval.json", seed=experiment.seed)
 
@@ -168,7 +169,9 @@ def _fit(
         workdir=workdir,
         config=dataclasses.asdict(experiment.config),
         validate=experiment.validate,
-        draw=lambda params, path: experiment.draw(experiment.sample(params, draw_key, 64), path),
+        draw=lambda params, path: experiment.draw(
+            experiment.sample(params, draw_key, experiment.shown[0]), path
+        ),
         progress=progress,
         mesh=mesh,
         **experiment.intervals,
@@ -192,7 +195,7 @@ def _draw_samples(
 
 
 def _draw_trajectory(experiment: Experiment, params: Params, path: Path, *, seed: int) -> None:
-    states, times = experiment.trajectory(params, jax.random.key(seed), 8)
+    states, times = experiment.trajectory(params, jax.random.key(seed), experiment.shown[1])
     experiment.draw_trajectory(states, times, path)
     print(f"wrote {path}")
 

@@ -47,6 +47,7 @@ class Experiment:
         evaluate: (parameters, key) ↦ a JSON-able report.
         draw: (samples, path), writes a picture.
         draw_trajectory: (states, times, path), writes a picture.
+        shown: samples in the pictures of samples and of trajectories.
         intervals: how often `fit` logs, evaluates and saves, by its argument names.
     """
 
@@ -64,6 +65,7 @@ class Experiment:
     evaluate: Callable[[Params, Key], dict[str, Any]]
     draw: Callable[[Array, Path], Any]
     draw_trajectory: Callable[[Array, Array, Path], Any]
+    shown: tuple[int, int] = (64, 8)
     intervals: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 

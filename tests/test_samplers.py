@@ -186,15 +186,13 @@ def test_one_program_serves_new_numbers_and_calls_the_network_once_a_step():
         return params * x
 
     grid, x = jd.grids.uniform(10), jnp.ones((4, 2))
+
+    def net(scale, process):
+        return jd.NetDenoiser(jnp.float32(scale), process, apply, jd.epsilon())
+
     for beta_max, eta, weight, params in ((20.0, 0.0, 0.0, 0.5), (10.0, 0.7, 2.0, 0.3)):
         process = jd.Gaussian(jd.linear_beta(0.1, beta_max))
-        net = lambda scale: jd.NetDenoiser(
-            jnp.float32(scale),
-            process,
-            apply,
-            jd.epsilon(),
-        )
-        denoise = jd.CFG(net(params), net(2 * params), weight)
+        denoise = jd.CFG(net(params, process), net(2 * params, process), weight)
         jd.sample(jd.DDIM(process, eta=eta), denoise, grid, jax.random.key(3), x)
     jax.effects_barrier()
     assert len(traces) == 2  # the two networks of the guided denoiser, traced once
