@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 import jaxdiff as jd
 from jaxdiff import evaluation, networks, plotting
@@ -27,10 +28,10 @@ class Config:
 
     dataset: str = "digits"
     """TFDS name, a folder of PNG or JPEG files, or an .npz file of your own."""
-    shape: tuple[int, int, int] | None = None
-    """Height, width and channels; read off the data set if not given."""
-    levels: int | None = None
-    """Number of grey levels; read off the data set if not given."""
+    shape: tyro.conf.Suppress[tuple[int, int, int] | None] = None
+    """Height, width and channels: read off the data set, and kept with the run."""
+    levels: tyro.conf.Suppress[int | None] = None
+    """Number of grey levels: read off the data set, and kept with the run."""
     beta_min: float = 0.1
     """Rate of the VP process at t = 0."""
     beta_max: float = 20.0
@@ -63,6 +64,8 @@ class Config:
     """Network calls for a sample."""
     eval_samples: int = 447
     """Samples whose quality is judged; at most as many as there are training images."""
+    eval_images: int = 1000
+    """Test images whose likelihood is computed, at most."""
     probes: int = 2
     """Hutchinson probes an image for the likelihood."""
     tolerance: float = 1e-4
@@ -114,9 +117,12 @@ def experiment(config: Config) -> jd.Experiment:
         train = images("train")
         if train.x.shape[1:] != shape or train.levels != levels:
             raise ValueError(
-                f"shape and levels must be those of the data, {train.x.shape[1:]} and "
-                f"{train.levels}, got {shape} and {levels}."
+                f"dataset {config.dataset} has images of {train.x.shape[1:]} with {train.levels} "
+                f"levels, not of {shape} with {levels}."
             )
+        for split in ("validation", "test"):
+            if len(images(split).x) < 2:
+                raise ValueError(f"dataset {config.dataset} has too few images for its {split}.")
         return Batches({"x": train.x}, config.batch_size, seed=config.seed)
 
     def validate(params):
@@ -140,13 +146,13 @@ def experiment(config: Config) -> jd.Experiment:
 
     def evaluate(params, key):
         sample_key, null_key, likelihood_key = jax.random.split(key, 3)
-        count = min(config.eval_samples, len(images("train").x))
+        count = min(config.eval_samples, len(images("train").x), evaluation.MOST)
         samples = sample(params, sample_key, count)
         return {
             "likelihood": evaluation.likelihood_report(
                 process,
                 denoiser(params),
-                images("test"),
+                images("test")._replace(x=images("test").x[: config.eval_images]),
                 likelihood_key,
                 probes=config.probes,
                 controller=controller,
@@ -182,8 +188,12 @@ def experiment(config: Config) -> jd.Experiment:
 
 
 def _check(config: Config) -> None:
-    for name in ("width", "blocks", "eval_samples", "probes"):
+    for name in ("width", "blocks", "sampler_steps", "eval_samples", "probes"):
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+    if config.eval_images < 2:
+        raise ValueError(f"eval_images must be at least 2, got {config.eval_images}.")
+    if not config.multipliers or min(config.multipliers) < 1:
+        raise ValueError(f"multipliers must be positive, got {config.multipliers}.")
     if not 0.0 <= config.dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {config.dropout}.")

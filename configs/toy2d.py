@@ -49,7 +49,7 @@ class Config:
     """Their initial frequencies, in radians per standard deviation of the data."""
     condition_width: int = 64
     """Features of the vector that tells the network the noise level."""
-    steps: int = 18000
+    steps: int = 17000
     """Updates of the parameters."""
     batch_size: int = 256
     """Points in a batch, over all devices."""
@@ -75,6 +75,14 @@ def experiment(config: Config) -> jd.Experiment:
     """Composes the run."""
     if config.dataset not in TOYS:
         raise ValueError(f"dataset must be one of {', '.join(TOYS)}, got {config.dataset!r}.")
+    for name in ("width", "sampler_steps", "condition_width", "eval_samples"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if config.waves < 0 or config.eval_points < 2:
+        raise ValueError(
+            f"waves must be at least 0 and eval_points at least 2, got {config.waves} and "
+            f"{config.eval_points}."
+        )
     toy = TOYS[config.dataset]
 
     process = jd.Gaussian(jd.exploding(config.sigma_min, config.sigma_max))

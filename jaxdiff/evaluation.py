@@ -18,9 +18,10 @@ from jaxdiff.processes.base import SDE, Denoiser
 from jaxdiff.solve import log_likelihood
 from jaxdiff.typing import Array, Key
 
-__all__ = ["in_chunks", "likelihood_report", "sample_report"]
+__all__ = ["MOST", "in_chunks", "likelihood_report", "sample_report"]
 
-_MOST = 5000  # images that a statistic quadratic in their number is given
+MOST = 5000
+"""Images that a statistic quadratic in their number is given."""
 
 
 def in_chunks(
@@ -111,7 +112,7 @@ def sample_report(samples: Array, train: Images, test: Images, key: Key) -> dict
 
     Args:
         samples: [n, h, w, c] in model space; they are rounded to the data's levels first.
-        train: training images, at least as many as samples.
+        train: training images, at least as many as samples; the first `MOST` are used.
         test: test images.
         key: draws the subsets of the null.
 
@@ -123,8 +124,8 @@ def sample_report(samples: Array, train: Images, test: Images, key: Key) -> dict
         ValueError: if there are fewer training images than samples.
     """
     drawn = np.asarray(to_model(from_model(samples, train.levels), train.levels))
-    seen = np.asarray(to_model(train.x[:_MOST], train.levels))
-    fresh = np.asarray(to_model(test.x[:_MOST], test.levels))
+    seen = np.asarray(to_model(train.x[:MOST], train.levels))
+    fresh = np.asarray(to_model(test.x[:MOST], test.levels))
     energy = metrics.energy_distance(drawn, fresh)
     null = metrics.energy_null(key, seen, fresh, len(drawn))
     report: dict[str, Any] = {
@@ -134,11 +135,19 @@ def sample_report(samples: Array, train: Images, test: Images, key: Key) -> dict
         "energy_over_null": energy / null,
     }
     if train.label is not None:
-        labels = train.label[:_MOST]
-        found = metrics.classify(seen, labels, drawn)
-        real = metrics.classify(seen, labels, fresh)
-        report["confident_share"] = found.confident_share
-        report["confident_share_test"] = real.confident_share
-        report["class_counts"] = found.class_counts
+        report |= _classified(seen, train.label[:MOST], drawn, fresh)
     report["neighbours"] = metrics.memorisation(drawn, seen, fresh)
     return report
+
+
+def _classified(seen: Any, labels: Any, drawn: Any, fresh: Any) -> dict[str, Any]:
+    """What a classifier makes of samples and of real images; a reason where there can be none."""
+    try:
+        found = metrics.classify(seen, labels, drawn)
+    except ValueError as error:
+        return {"confident_share": None, "no_classifier": str(error)}
+    return {
+        "confident_share": found.confident_share,
+        "confident_share_test": metrics.classify(seen, labels, fresh).confident_share,
+        "class_counts": found.class_counts,
+    }

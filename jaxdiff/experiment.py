@@ -101,7 +101,8 @@ def save_run(folder: Path, source: Path, config: Any) -> None:
     """Makes a run's folder, or checks that it holds the same run.
 
     Args:
-        folder: a new or empty folder, or one of a run with the same values (but for `steps`).
+        folder: a new or empty folder, or one of a run with the same file and values, but for
+            `steps`, which may grow: the rest then follows the longer run's schedule.
         source: the config file, of which the folder keeps a copy.
         config: its values.
 
@@ -109,21 +110,36 @@ def save_run(folder: Path, source: Path, config: Any) -> None:
         ValueError: if the folder holds something else, or a run with other values.
     """
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    stored = folder / "config.json"
+    stored, copy = folder / "config.json", folder / "config.py"
+    text = source.read_text()
     if stored.is_file():
         previous = _read_values(stored)
+        if copy.is_file() and copy.read_text() != text:
+            raise ValueError(
+                f"--workdir {folder} holds a run of another version of {source.name}; "
+                f"give another folder."
+            )
+        if values.get("steps", 0) < previous.get("steps", 0):
+            raise ValueError(
+                f"--workdir {folder} holds a run with steps={previous['steps']}; "
+                f"steps cannot shrink to {values['steps']}."
+            )
         for name in sorted(values.keys() | previous.keys()):
             if name != "steps" and values.get(name) != previous.get(name):
                 raise ValueError(
                     f"--workdir {folder} holds a run with {name}={previous.get(name)!r}, "
                     f"not {values.get(name)!r}; give another folder, or that value."
                 )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (
+        not folder.is_dir() or {p.name for p in folder.iterdir()} - {copy.name}
+    ):
         raise ValueError(f"--workdir {folder} is not empty and not a run; give another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    if source.resolve() != (folder / "config.py").resolve():
-        (folder / "config.py").write_text(source.read_text())
-    stored.write_text(json.dumps(values, indent=2) + "\n")
+    # The values last and in one piece: a folder that has them is a run.
+    copy.write_text(text)
+    partial = stored.with_suffix(".tmp")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(stored)
 
 
 def load_run(folder: Path) -> Experiment:

@@ -1,8 +1,9 @@
 """Decreasing time grids for sampling, from the prior's time to the data's.
 
-A grid of n steps is an array of n + 1 times t_0 > t_1 > … > t_n. Steps that end at t_n = 0 return
-the denoised x_0 itself; solvers that evaluate the score at the end of a step (Heun, stochastic
-Runge–Kutta) want a grid that stops above 0 where σ(0) = 0.
+A grid of n steps is an array of n + 1 times t_0 > t_1 > … > t_n. Where σ(0) = 0, steps that end at
+t_n = 0 return the denoised x_0 itself; elsewhere samples keep the noise σ(0). Solvers that evaluate
+the score at the end of a step (Heun, stochastic Runge–Kutta) want a grid that stops above 0 where
+σ(0) = 0.
 """
 
 import jax
@@ -117,7 +118,13 @@ def _warped(process, steps, start, end, to_zero, warp, log_snr_of) -> Grid:
     _check_ends(steps, start, end, lowest=np.nextafter(0.0, 1.0))
     if to_zero and steps < 2:
         raise ValueError(f"steps must be at least 2 for a grid that ends at zero, got {steps}.")
-    ends = warp(jax.vmap(process.log_snr)(jnp.array([start, end])))
+    extremes = jax.vmap(process.log_snr)(jnp.array([start, end]))
+    if not isinstance(extremes, Tracer) and not bool(jnp.all(jnp.isfinite(extremes))):
+        raise ValueError(
+            f"start and end must be times of finite log-SNR, got start={start}, end={end} with "
+            f"log-SNR {extremes}: start below 1 where alpha(1) = 0."
+        )
+    ends = warp(extremes)
     levels = jnp.linspace(ends[0], ends[1], steps + (0 if to_zero else 1))
     inner = jax.vmap(lambda level: time_of_log_snr(process.schedule, log_snr_of(level)))(levels)
     # The ends are known exactly; only the times between them are found by bisection.

@@ -14,7 +14,7 @@ epsilon         0                   1                   α = 0 (F tells nothing 
 x0              1                   0                   never
 v               −σ                  α                   never
 score           0                   −1/σ                α = 0 or σ = 0
-velocity        dα/dt               dσ/dt               g = 0
+velocity        dα/dt               dσ/dt               the SNR stands still
 edm             see `EDM`           see `EDM`           σ = 0 or α = 0
 ==============  ==================  ==================  =======================================
 
@@ -150,6 +150,10 @@ class X0(Linear):
     def coefficients(self, process: Gaussian, t: Time) -> tuple[Scalar, Scalar]:
         """(1, 0)."""
         return 1.0, 0.0
+
+    def denoised(self, process: Gaussian, out: State, x: State, t: Time) -> Denoised:
+        """x_0 = F, also where σ = 0 and the two equations say the same."""
+        return Denoised(out)
 
 
 def x0(*, noise_level: NoiseLevel = quarter_log_snr) -> X0:

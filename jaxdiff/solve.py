@@ -94,22 +94,25 @@ def reverse_sde(
         solver: a diffrax SDE solver; by default `Euler`, that is Euler–Maruyama, one call a step.
             The noise is additive, so Itô and Stratonovich agree, and Milstein's method is
             Euler's: diffrax's `ItoMilstein` only takes more memory.
-        eta: noise, ≥ 0: 1 is the reverse SDE, 0 the probability flow; marginals are the same.
+        eta: noise, ≥ 0: 1 is the reverse SDE, 0 the probability flow; marginals are the same. The
+            number 0 is compiled as a program of its own, without noise.
 
     Returns:
         [b, …] states at grid[-1].
 
     Raises:
-        ValueError: if the grid does not fall strictly within [0, 1].
+        ValueError: if the grid does not fall strictly within [0, 1], or eta < 0.
 
     References: Anderson 1982, doi:10.1016/0304-4149(82)90051-5; Song et al. 2021,
-        arXiv:2011.13456, eq. 6; Zhang and Chen 2021, arXiv:2110.07579, eq. 4 (η).
+        arXiv:2011.13456, eq. 6; Zhang and Chen 2022, arXiv:2204.13902 (the family in η).
     """
     grid = jnp.asarray(grid)
     grids.check(grid)
+    if not isinstance(eta, Tracer) and not float(eta) >= 0.0:
+        raise ValueError(f"eta must be at least 0, got {eta}.")
     keys = example_keys(key, x.shape[0])
     solver = diffrax.Euler() if solver is None else solver
-    if isinstance(eta, float) and eta == 0.0 and _is_countable(solver):
+    if isinstance(eta, int | float) and eta == 0 and _is_countable(solver):
         # Without noise this is the flow, to the last bit.
         return _probability_flow(
             process,
@@ -221,6 +224,8 @@ def log_likelihood(
         arXiv:1810.01367, eq. 7; Song et al. 2021, arXiv:2011.13456, eqs. 39–40.
     """
     t0, t1 = _time("t0", t0), _time("t1", t1)
+    if not isinstance(t0, Tracer) and not isinstance(t1, Tracer) and not 0.0 < t0 < t1:
+        raise ValueError(f"t0 and t1 must satisfy 0 < t0 < t1 <= 1, got t0={t0}, t1={t1}.")
     solver = diffrax.Dopri5() if solver is None else solver
     controller = adaptive(1e-5) if controller is None else controller
     _calls_per_step(solver)

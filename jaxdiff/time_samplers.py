@@ -6,24 +6,45 @@ of the loss.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxdiff import struct
 from jaxdiff.processes.base import SDE
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.schedules import time_of_log_snr
-from jaxdiff.typing import Key
+from jaxdiff.typing import Key, Scalar
 
-__all__ = ["TimeSampler", "log_normal", "low_discrepancy", "uniform"]
+__all__ = [
+    "LogNormal",
+    "LowDiscrepancy",
+    "TimeSampler",
+    "Uniform",
+    "log_normal",
+    "low_discrepancy",
+    "uniform",
+]
 
-TimeSampler = Callable[[Key, Gaussian, int], tuple[Float[Array, "n"], Float[Array, "n"]]]
+Times = tuple[Float[Array, "n"], Float[Array, "n"]]
+
+TimeSampler = Callable[[Key, Gaussian, int], Times]
 """(key, process, n) ↦ (t [n], 1/r(t) [n])."""
 
 
-def uniform(t_min: float = 1e-5) -> TimeSampler:
+@struct.dataclass
+class Uniform:
+    """t ~ U[t_min, 1]."""
+
+    t_min: Scalar
+
+    def __call__(self, key: Key, process: SDE, n: int) -> Times:
+        """(t, 1/r) of a batch."""
+        return _spread(self.t_min, jax.random.uniform(key, (n,)))
+
+
+def uniform(t_min: float = 1e-5) -> Uniform:
     """t ~ U[t_min, 1], independently.
 
     Args:
@@ -33,15 +54,21 @@ def uniform(t_min: float = 1e-5) -> TimeSampler:
         ValueError: unless 0 < t_min < 1.
     """
     _check(t_min)
-    return partial(_uniform, t_min)
+    return Uniform(t_min=t_min)
 
 
-def _uniform(t_min: float, key: Key, process: SDE, n: int):
-    t = t_min + (1.0 - t_min) * jax.random.uniform(key, (n,))
-    return t, jnp.full(n, 1.0 - t_min)
+@struct.dataclass
+class LowDiscrepancy:
+    """t_i = (u + i/n) mod 1, on [t_min, 1]."""
+
+    t_min: Scalar
+
+    def __call__(self, key: Key, process: SDE, n: int) -> Times:
+        """(t, 1/r) of a batch."""
+        return _spread(self.t_min, (jax.random.uniform(key) + jnp.arange(n) / n) % 1.0)
 
 
-def low_discrepancy(t_min: float = 1e-5) -> TimeSampler:
+def low_discrepancy(t_min: float = 1e-5) -> LowDiscrepancy:
     """t_i = (u + i/n) mod 1, one u a batch: each t uniform, the batch evenly spread.
 
     Args:
@@ -53,15 +80,25 @@ def low_discrepancy(t_min: float = 1e-5) -> TimeSampler:
     References: Kingma et al. 2021, arXiv:2107.00630, appendix I.1.
     """
     _check(t_min)
-    return partial(_low_discrepancy, t_min)
+    return LowDiscrepancy(t_min=t_min)
 
 
-def _low_discrepancy(t_min: float, key: Key, process: SDE, n: int):
-    spread = (jax.random.uniform(key) + jnp.arange(n) / n) % 1.0
-    return t_min + (1.0 - t_min) * spread, jnp.full(n, 1.0 - t_min)
+@struct.dataclass
+class LogNormal:
+    """log σ̃ ~ N(mean, std²)."""
+
+    mean: Scalar
+    std: Scalar
+    t_min: Scalar
+
+    def __call__(self, key: Key, process: Gaussian, n: int) -> Times:
+        """(t, 1) of a batch."""
+        log_snr = -2.0 * (self.mean + self.std * jax.random.normal(key, (n,)))
+        t = jax.vmap(lambda value: time_of_log_snr(process.schedule, value))(log_snr)
+        return jnp.clip(t, self.t_min, 1.0), jnp.ones(n)
 
 
-def log_normal(mean: float = -1.2, std: float = 1.2, t_min: float = 1e-5) -> TimeSampler:
+def log_normal(mean: float = -1.2, std: float = 1.2, t_min: float = 1e-5) -> LogNormal:
     """log σ̃ ~ N(mean, std²) with σ̃ = σ/α: EDM's training distribution of noise levels.
 
     Args:
@@ -80,13 +117,11 @@ def log_normal(mean: float = -1.2, std: float = 1.2, t_min: float = 1e-5) -> Tim
     _check(t_min)
     if not std > 0.0:
         raise ValueError(f"std must be positive, got {std}.")
-    return partial(_log_normal, mean, std, t_min)
+    return LogNormal(mean=mean, std=std, t_min=t_min)
 
 
-def _log_normal(mean: float, std: float, t_min: float, key: Key, process: Gaussian, n: int):
-    log_snr = -2.0 * (mean + std * jax.random.normal(key, (n,)))
-    t = jax.vmap(lambda value: time_of_log_snr(process.schedule, value))(log_snr)
-    return jnp.clip(t, t_min, 1.0), jnp.ones(n)
+def _spread(t_min: Scalar, unit: Float[Array, "n"]) -> Times:
+    return t_min + (1.0 - t_min) * unit, jnp.full_like(unit, 1.0 - t_min)
 
 
 def _check(t_min: float) -> None:

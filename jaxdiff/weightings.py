@@ -7,15 +7,15 @@ true score; the weight decides where a finite network spends its errors.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax.numpy as jnp
 
+from jaxdiff import struct
 from jaxdiff.processes.base import SDE
 from jaxdiff.processes.gaussian import Gaussian
-from jaxdiff.typing import Time
+from jaxdiff.typing import Scalar, Time
 
-__all__ = ["Weighting", "edm", "likelihood", "min_snr", "p2", "simple"]
+__all__ = ["EDM", "P2", "MinSNR", "Weighting", "edm", "likelihood", "min_snr", "p2", "simple"]
 
 Weighting = Callable[[Gaussian, Time], Time]
 """(process, t) ↦ w(t) ≥ 0, the weight of ‖ε̂ − ε‖²."""
@@ -30,7 +30,9 @@ def simple(process: SDE, t: Time) -> Time:
 
 
 def likelihood(process: Gaussian, t: Time) -> Time:
-    """w = g²/σ²: λ = g² on the score, for which half the loss bounds −log p(x_0).
+    """w = g²/σ²: λ = g² on the score, for which the loss bounds −log p(x_0).
+
+    The bound is ½ D loss + a constant of the process: the loss is a mean over D coordinates.
 
     References: Song et al. 2021, arXiv:2101.09258, eq. 7 and theorem 1.
     """
@@ -38,7 +40,18 @@ def likelihood(process: Gaussian, t: Time) -> Time:
     return (process.diffusion(t) / sigma) ** 2
 
 
-def edm(sigma_data: float = 0.5) -> Weighting:
+@struct.dataclass
+class EDM:
+    """w = 1 + (σ̃/σ_d)²."""
+
+    sigma_data: Scalar
+
+    def __call__(self, process: Gaussian, t: Time) -> Time:
+        """The weight at t."""
+        return 1.0 + jnp.exp(-process.log_snr(t)) / self.sigma_data**2
+
+
+def edm(sigma_data: float = 0.5) -> EDM:
     """w = (σ̃² + σ_d²)/σ_d² with σ̃ = σ/α: unit effective weight of EDM's network at every level.
 
     On x_0 it is the paper's λ = (σ̃² + σ_d²)/(σ̃ σ_d)². Use it with the log-normal time sampler.
@@ -53,14 +66,22 @@ def edm(sigma_data: float = 0.5) -> Weighting:
     """
     if not sigma_data > 0.0:
         raise ValueError(f"sigma_data must be positive, got {sigma_data}.")
-    return partial(_edm, sigma_data)
+    return EDM(sigma_data=sigma_data)
 
 
-def _edm(sigma_data: float, process: Gaussian, t: Time) -> Time:
-    return 1.0 + jnp.exp(-process.log_snr(t)) / sigma_data**2
+@struct.dataclass
+class P2:
+    """w = (k + SNR)^−γ."""
+
+    gamma: Scalar
+    k: Scalar
+
+    def __call__(self, process: Gaussian, t: Time) -> Time:
+        """The weight at t."""
+        return (self.k + jnp.exp(process.log_snr(t))) ** -self.gamma
 
 
-def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
+def p2(gamma: float = 1.0, k: float = 1.0) -> P2:
     """w = (k + SNR)^−γ: less weight on the nearly clean images; γ = 0 is `simple`.
 
     Args:
@@ -74,14 +95,21 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
     """
     if not (gamma >= 0.0 and k > 0.0):
         raise ValueError(f"p2 needs gamma >= 0 and k > 0, got gamma={gamma}, k={k}.")
-    return partial(_p2, gamma, k)
+    return P2(gamma=gamma, k=k)
 
 
-def _p2(gamma: float, k: float, process: Gaussian, t: Time) -> Time:
-    return (k + jnp.exp(process.log_snr(t))) ** -gamma
+@struct.dataclass
+class MinSNR:
+    """w = min(SNR, γ)/SNR."""
+
+    gamma: Scalar
+
+    def __call__(self, process: Gaussian, t: Time) -> Time:
+        """The weight at t."""
+        return jnp.minimum(1.0, self.gamma * jnp.exp(-process.log_snr(t)))
 
 
-def min_snr(gamma: float = 5.0) -> Weighting:
+def min_snr(gamma: float = 5.0) -> MinSNR:
     """w = min(SNR, γ)/SNR: on x_0, the SNR clipped from above at γ.
 
     Args:
@@ -94,8 +122,4 @@ def min_snr(gamma: float = 5.0) -> Weighting:
     """
     if not gamma > 0.0:
         raise ValueError(f"gamma must be positive, got {gamma}.")
-    return partial(_min_snr, gamma)
-
-
-def _min_snr(gamma: float, process: Gaussian, t: Time) -> Time:
-    return jnp.minimum(1.0, gamma * jnp.exp(-process.log_snr(t)))
+    return MinSNR(gamma=gamma)

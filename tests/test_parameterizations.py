@@ -221,6 +221,7 @@ def test_uniform_grid_on_the_edm_schedule_is_karras():
         (lambda: jd.grids.karras(jd.Gaussian(jd.edm()), 5, rho=0.1), "rho"),
         (lambda: jd.grids.karras(jd.Gaussian(jd.edm()), 5, end=0.0), "end"),
         (lambda: jd.grids.karras(jd.Gaussian(jd.edm()), 1), "steps"),
+        (lambda: jd.grids.uniform_log_snr(jd.Gaussian(jd.straight()), 4), "start"),
         (lambda: jd.grids.check(jnp.array([0.0, 1.0])), "grid"),
         (lambda: jd.grids.check(jnp.array([1.0])), "grid"),
         (lambda: jd.grids.check(jnp.array([2.0, 1.0])), "grid"),

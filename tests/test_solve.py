@@ -66,7 +66,16 @@ def test_reverse_sde_passes_the_gate(name, gmm_data, gmm_null):
     assert passes(found, gmm_null), found
 
 
-@pytest.mark.parametrize("mutant", ["late score", "loud noise", "early stop", "half score"])
+MUTANTS = {
+    "late score": lambda found: found.std < 0.193,
+    "loud noise": lambda found: found.std > 0.207,
+    "early stop": lambda found: found.std > 0.207,
+    "half score": lambda found: found.energy > 0.05,
+    "no noise": lambda found: found.energy > 0.5,
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
 def test_gate_catches_the_mutants_of_the_reverse_sde(mutant, gmm_data, gmm_null):
     denoise, grid, process = GMM5.denoiser(VP), sde_grid("linear_beta", 500), VP
     if mutant == "late score":
@@ -76,14 +85,20 @@ def test_gate_catches_the_mutants_of_the_reverse_sde(mutant, gmm_data, gmm_null)
     if mutant == "loud noise":
         process = Loud(VP, 1.05)
     if mutant == "half score":
-        process = Loud(VP, 1.0, 0.5)
+        process = Loud(VP, 1.0, 0.0)
+    if mutant == "no noise":
+        process = Loud(VP, 1e-3)
     x = jd.reverse_sde(process, denoise, KEY, start(VP, (2000, 2)), grid)
     found = gate(x, GMM5, gmm_data)
     assert not passes(found, gmm_null), found
+    assert MUTANTS[mutant](found), found
 
 
 class Loud:
-    """A mutant process: noise scaled without its share of the drift, or the score scaled."""
+    """A mutant: noise scaled without its share of the drift, or the Langevin part's score.
+
+    The drift is f − ½g²s − ½g²s; without the last part it has half the score, with full noise.
+    """
 
     def __init__(self, process, noise, score=1.0):
         self.process, self.noise, self.factor = process, noise, score
@@ -160,6 +175,9 @@ def test_no_noise_is_the_ode_bit_for_bit():
         controller=diffrax.StepTo(-grid),
     )
     np.testing.assert_array_equal(sde, ode)
+    # An η that is 0 at run time only comes to the same through the SDE's own program.
+    traced = jd.reverse_sde(VP, denoise, KEY, x, grid, eta=jnp.float32(0.0))
+    np.testing.assert_allclose(traced, ode, rtol=1e-5, atol=1e-5)
 
 
 def test_sde_is_flow_plus_langevin():
@@ -428,6 +446,9 @@ def test_no_solve_compiles_twice():
     [
         (lambda x, d: jd.probability_flow(VP, d, x, 1.5, 0.0), "t0"),
         (lambda x, d: jd.probability_flow(VP, d, x, 1.0, -0.1), "t1"),
+        (lambda x, d: jd.log_likelihood(VP, d, x, t0=1.0, t1=0.1), "t0"),
+        (lambda x, d: jd.log_likelihood(VP, d, x, t0=0.0), "t0"),
+        (lambda x, d: jd.reverse_sde(VP, d, KEY, x, jd.grids.uniform(5), eta=-1.0), "eta"),
         (lambda x, d: jd.log_likelihood(VP, d, x, probes=0, key=KEY), "probes"),
         (lambda x, d: jd.log_likelihood(VP, d, x, probes=1), "key"),
         (lambda x, d: jd.log_likelihood(VP, d, x, solver=diffrax.Kvaerno5()), "solver"),

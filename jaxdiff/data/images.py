@@ -64,7 +64,8 @@ def load_images(
 
     - `digits`, scikit-learn's 8×8 digits: no network, no TensorFlow;
     - an `.npz` file with uint8 arrays `x` [n, h, w] or [n, h, w, c] and, if labelled, integers `y`
-      [n]; or with `x_train`, `x_validation`, `x_test` and `y_train`, …;
+      [n]; or with `x_train`, `x_validation`, `x_test` and `y_train`, …; and `levels`, their number
+      of grey levels, if it is not 256;
     - a folder of equally large 8-bit PNG or JPEG images, with the labels from the sorted names of
       its sub-folders, or of such folders named `train`, `validation`, `test`. All-grey sets keep
       one channel, others become RGB; transparency is dropped;
@@ -285,7 +286,7 @@ def _how_to_prepare(name: str, data_dir: Any, failure: Exception) -> str:
         return f"dataset = 'digits': cannot be written to {data_dir} ({reason})"
     return (
         f"dataset = {name!r}: not prepared in {data_dir}, and preparing it failed ({reason}). "
-        "On a machine with network access: pip install 'jaxdiff[prepare]'; python -c \""
+        'On a machine with network access: pip install tensorflow-cpu tensorflow-datasets; python -c "'
         f"from jaxdiff.data.images import load_images; load_images('{name}', 'train', "
         "data_dir='DIR')\"; then copy DIR here and set TFDS_DATA_DIR to it. "
         "The data set `digits` needs no network."
@@ -320,7 +321,9 @@ def _from_npz(path: Path, split: str) -> Images:
     stored, *part = _stored_part(split, list(names), str(path))
     index = _cut_shuffled(len(images[stored]), (part[0], part[1]), str(path), split)
     classes = max((int(y.max()) + 1 for y in labels.values()), default=0)
-    return Images(images[stored][index], labels[stored][index] if labels else None, 256, classes)
+    levels = _npz_levels(arrays, max(int(x.max()) for x in images.values()), path)
+    label = labels[stored][index] if labels else None
+    return Images(images[stored][index], label, levels, classes)
 
 
 def _read_npz(path: Path) -> Mapping[str, np.ndarray]:
@@ -338,7 +341,16 @@ def _npz_images(x: np.ndarray, path: Path) -> np.ndarray:
         raise ValueError(f"dataset = '{path}': x is {x.shape}, need [n, h, w] or [n, h, w, c]")
     if x.dtype.kind not in "ui" or x.min() < 0 or x.max() > 255:
         raise ValueError(f"dataset = '{path}': x is {x.dtype}, need whole numbers 0 … 255 (uint8)")
+    if x.ndim == 4 and x.shape[-1] not in (1, 3):
+        raise ValueError(f"dataset = '{path}': x has {x.shape[-1]} channels, need 1 or 3")
     return x.astype(np.uint8).reshape(*x.shape[:3], -1)
+
+
+def _npz_levels(arrays: Mapping[str, np.ndarray], most: int, path: Path) -> int:
+    levels = int(arrays["levels"]) if "levels" in arrays else 256
+    if not most < levels <= 256:
+        raise ValueError(f"dataset = '{path}': levels is {levels}, need {most + 1} … 256")
+    return levels
 
 
 def _npz_labels(y: np.ndarray, n: int, path: Path) -> np.ndarray:

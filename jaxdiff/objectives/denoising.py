@@ -9,6 +9,9 @@ has the true score as its minimiser for every weight w > 0, though no score was 
 value is not 0 but the variance that x_t leaves to ε.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -31,8 +34,8 @@ class Denoising:
     apply: Apply = struct.field(pytree_node=False)
     process: Gaussian
     parameterization: Parameterization
-    weighting: Weighting = struct.field(pytree_node=False)
-    time_sampler: TimeSampler = struct.field(pytree_node=False)
+    weighting: Weighting
+    time_sampler: TimeSampler
     dropout: bool = struct.field(pytree_node=False)
 
     def __call__(self, params: Params, key: Key, batch: Batch) -> tuple[Float[Array, "b"], Metrics]:
@@ -91,7 +94,13 @@ def denoising(
         apply=apply,
         process=process,
         parameterization=parameterization,
-        weighting=weighting,
-        time_sampler=sampler,
+        weighting=_as_pytree(weighting),
+        time_sampler=_as_pytree(sampler),
         dropout=dropout,
     )
+
+
+def _as_pytree(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain function as a tree without leaves; a pytree as it is."""
+    is_leaf = jax.tree_util.all_leaves([function])
+    return jax.tree_util.Partial(function) if is_leaf else function

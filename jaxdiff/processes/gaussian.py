@@ -85,7 +85,7 @@ class Gaussian:
     def diffusion(self, t: Time) -> Array:
         """g(t) = √(2σ² d log(σ/α)/dt), a scalar.
 
-        References: Kingma et al. 2021, arXiv:2107.00630, appendix G, eq. 18 there.
+        References: Kingma et al. 2021, arXiv:2107.00630, appendix on the continuous-time SDE.
         """
         (alpha, sigma), (d_alpha, d_sigma) = self._rates(t)
         squared = 2.0 * sigma * (d_sigma - sigma * d_alpha / alpha)

@@ -5,8 +5,7 @@
 Each solve is timed against its *bare* cost: as many calls of the same network, on the same batch,
 inside one compiled `lax.scan` that does nothing else. The measure is the ratio of the two per
 call. A rival that a user could write, the textbook DDIM and Euler–Maruyama scans, stands beside
-them. No other JAX sampler library installs without PyTorch or TensorFlow at a reasonable size, so
-there is no third party in the table.
+them, and a library's, `diffuse-jax`, where that is installed.
 
 All contenders take turns, A B C A B C …, and medians are compared, so that what else the machine
 does meets all of them. Exits with 1 if a ratio is above its bound or if a sweep compiles anew.
@@ -18,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 import jaxdiff as jd
 from jaxdiff import networks
+from jaxdiff.experiment import load_config
 
 
 class Contender(NamedTuple):
@@ -240,7 +241,6 @@ def recompilations() -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--width", type=int, default=32, help="of the U-Net; configs/digits.py's")
     parser.add_argument("--steps", type=int, default=100, help="network calls of a sampler")
     parser.add_argument("--batch", type=int, default=16, help="images at a time")
     parser.add_argument("--repeats", type=int, default=7, help="timed turns, at least 7 to judge")
@@ -249,9 +249,14 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    entries = contenders(
-        networks.UNet(width=options.width), options.steps, options.batch, options.steps // 4
+    config = load_config(Path(__file__).parents[2] / "configs" / "digits.py").Config()
+    net = networks.UNet(
+        width=config.width,
+        multipliers=config.multipliers,
+        blocks=config.blocks,
+        attention=config.attention,
     )
+    entries = contenders(net, options.steps, options.batch, options.steps // 4)
     clock = time.process_time if options.cpu_time else time.perf_counter
     times = milliseconds_per_call(entries, options.repeats, clock)
     median = {name: statistics.median(values) for name, values in times.items()}
