@@ -130,9 +130,7 @@ def save_run(folder: Path, source: Path, config: Any) -> None:
                     f"--workdir {folder} holds a run with {name}={previous.get(name)!r}, "
                     f"not {values.get(name)!r}; give another folder, or that value."
                 )
-    elif folder.exists() and (
-        not folder.is_dir() or {p.name for p in folder.iterdir()} - {copy.name}
-    ):
+    elif folder.exists() and not (folder.is_dir() and _may_begin(folder)):
         raise ValueError(f"--workdir {folder} is not empty and not a run; give another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     # The values last and in one piece: a folder that has them is a run.
@@ -170,3 +168,8 @@ def _read_values(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold the values of a config, got {values!r}.")
     return values
+
+
+def _may_begin(folder: Path) -> bool:
+    """Whether a folder is empty, but for what a run killed at its very start had written."""
+    return {path.name for path in folder.iterdir()} <= {"config.py", "config.tmp"}

@@ -147,7 +147,7 @@ def test_an_unprepared_set_says_how_to_prepare_it(tmp_path, monkeypatch):
         load_images("mnist", "train", data_dir=tmp_path)
     message = str(caught.value)
     assert str(tmp_path) in message
-    assert "jaxdiff[prepare]" in message
+    assert "tensorflow-cpu" in message
     assert "TFDS_DATA_DIR" in message
     assert "`digits` needs no network" in message
     assert "\n" not in message

@@ -286,7 +286,8 @@ def _how_to_prepare(name: str, data_dir: Any, failure: Exception) -> str:
         return f"dataset = 'digits': cannot be written to {data_dir} ({reason})"
     return (
         f"dataset = {name!r}: not prepared in {data_dir}, and preparing it failed ({reason}). "
-        'On a machine with network access: pip install tensorflow-cpu tensorflow-datasets; python -c "'
+        "On a machine with network access, where jaxdiff and tensorflow-cpu are installed: "
+        'python -c "'
         f"from jaxdiff.data.images import load_images; load_images('{name}', 'train', "
         "data_dir='DIR')\"; then copy DIR here and set TFDS_DATA_DIR to it. "
         "The data set `digits` needs no network."
