@@ -15,7 +15,17 @@ from jaxdiff.processes.base import SDE
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.typing import Scalar, Time
 
-__all__ = ["EDM", "P2", "MinSNR", "Weighting", "edm", "likelihood", "min_snr", "p2", "simple"]
+__all__ = [
+    "P2",
+    "EDMWeighting",
+    "MinSNR",
+    "Weighting",
+    "edm",
+    "likelihood",
+    "min_snr",
+    "p2",
+    "simple",
+]
 
 Weighting = Callable[[Gaussian, Time], Time]
 """(process, t) ↦ w(t) ≥ 0, the weight of ‖ε̂ − ε‖²."""
@@ -41,7 +51,7 @@ def likelihood(process: Gaussian, t: Time) -> Time:
 
 
 @struct.dataclass
-class EDM:
+class EDMWeighting:
     """w = 1 + (σ̃/σ_d)²."""
 
     sigma_data: Scalar
@@ -51,7 +61,7 @@ class EDM:
         return 1.0 + jnp.exp(-process.log_snr(t)) / self.sigma_data**2
 
 
-def edm(sigma_data: float = 0.5) -> EDM:
+def edm(sigma_data: float = 0.5) -> EDMWeighting:
     """w = (σ̃² + σ_d²)/σ_d² with σ̃ = σ/α: unit effective weight of EDM's network at every level.
 
     On x_0 it is the paper's λ = (σ̃² + σ_d²)/(σ̃ σ_d)². Use it with the log-normal time sampler.
@@ -66,7 +76,7 @@ def edm(sigma_data: float = 0.5) -> EDM:
     """
     if not sigma_data > 0.0:
         raise ValueError(f"sigma_data must be positive, got {sigma_data}.")
-    return EDM(sigma_data=sigma_data)
+    return EDMWeighting(sigma_data=sigma_data)
 
 
 @struct.dataclass

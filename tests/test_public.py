@@ -66,6 +66,14 @@ def _step(make):
     return Noun(make, lambda step: step.update(KEYS, X, step.init(X), T, S, denoiser())[0])
 
 
+def _weighting(make):
+    return Noun(make, lambda weighting: weighting(VP, T))
+
+
+def _times(make):
+    return Noun(make, lambda sampler: jnp.stack(sampler(KEY, VP, 4)))
+
+
 def _denoiser(make):
     return Noun(make, lambda denoise: denoise(X, T).mean)
 
@@ -85,6 +93,12 @@ NOUNS = {
     "Score": _parameterization(lambda n: jd.score()),
     "Velocity": _parameterization(lambda n: jd.velocity()),
     "EDM": _parameterization(lambda n: parameterizations.edm(0.5 * n)),
+    "EDMWeighting": _weighting(lambda n: jd.weightings.edm(0.5 * n)),
+    "P2": _weighting(lambda n: jd.weightings.p2(n)),
+    "MinSNR": _weighting(lambda n: jd.weightings.min_snr(1e-3 * n)),
+    "Uniform": _times(lambda n: jd.time_samplers.uniform(0.1 * n)),
+    "LowDiscrepancy": _times(lambda n: jd.time_samplers.low_discrepancy(0.1 * n)),
+    "LogNormal": _times(lambda n: jd.time_samplers.log_normal(-1.0, n)),
     "Normal": Noun(lambda n: jd.Normal(X[0], n), lambda normal: normal.log_prob(X[1])),
     "Gaussian": Noun(
         lambda n: jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)),

@@ -63,7 +63,7 @@ def test_gate_catches_the_mutants(mutant, gmm_data, gmm_null):
     denoise = jd.UnitVariance(VP, GMM5.denoiser(VP))
     grid, step = jd.grids.uniform(1000), jd.Ancestral(VP)
     if mutant == "late score":
-        denoise = Late(denoise)
+        denoise = jd.UnitVariance(VP, Late(VP, GMM5.denoiser(VP)))
     if mutant == "wrong weights":
         flat = GMM5.__class__(jnp.full(5, 0.2), GMM5.means, GMM5.variances, GMM5.axes)
         denoise = jd.UnitVariance(VP, flat.denoiser(VP))

@@ -79,7 +79,7 @@ MUTANTS = {
 def test_gate_catches_the_mutants_of_the_reverse_sde(mutant, gmm_data, gmm_null):
     denoise, grid, process = GMM5.denoiser(VP), sde_grid("linear_beta", 500), VP
     if mutant == "late score":
-        denoise = Late(denoise)
+        denoise = Late(VP, denoise)
     if mutant == "early stop":
         grid = sde_grid("linear_beta", 500, end=0.02)
     if mutant == "loud noise":
