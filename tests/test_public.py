@@ -393,7 +393,7 @@ def test_importing_jaxdiff_changes_no_settings():
 
 def test_imports_point_one_way():
     """The contracts of .importlinter."""
-    pytest.importorskip("importlinter")
+    pytest.importorskip("importlinter", reason="needs the test extra")
     code = "from importlinter.cli import lint_imports_command as lint; lint(['--no-cache'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
