@@ -165,6 +165,8 @@ def experiment(config: Config) -> jd.Experiment:
     return jd.Experiment(
         config=config,
         init=lambda key: net.init(key, jnp.zeros((1, *shape)), jnp.zeros(1)),
+        process=process,
+        denoiser=denoiser,
         objective=objective,
         optimizer=warmup_cosine_adam(
             config.learning_rate,

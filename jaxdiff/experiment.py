@@ -35,6 +35,8 @@ class Experiment:
     Attributes:
         config: the values, complete: what was left open is filled in, such as the data's shape.
         init: key ↦ the network's parameters.
+        process: the forward process.
+        denoiser: parameters ↦ the model, a `Denoiser` for any sampler or solver.
         objective: the training loss.
         optimizer: the optax transformation.
         ema_decay: decay of the averaged parameters, in [0, 1).
@@ -53,6 +55,8 @@ class Experiment:
 
     config: Any
     init: Callable[[Key], Params]
+    process: Any
+    denoiser: Callable[[Params], Any]
     objective: Objective
     optimizer: optax.GradientTransformation
     ema_decay: float

@@ -15,7 +15,16 @@ from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.schedules import time_of_log_snr
 from jaxdiff.typing import Grid
 
-__all__ = ["check", "karras", "uniform", "uniform_log_snr"]
+__all__ = [
+    "check",
+    "karras",
+    "leading",
+    "linspace",
+    "quadratic",
+    "trailing",
+    "uniform",
+    "uniform_log_snr",
+]
 
 
 def uniform(steps: int, *, start: float = 1.0, end: float = 0.0) -> Grid:
@@ -34,6 +43,86 @@ def uniform(steps: int, *, start: float = 1.0, end: float = 0.0) -> Grid:
     """
     _check_ends(steps, start, end, lowest=0.0)
     return jnp.linspace(start, end, steps + 1)
+
+
+def quadratic(steps: int, *, start: float = 1.0, end: float = 0.0) -> Grid:
+    """Equal steps in √t, which spend more of them at small noise.
+
+    Args:
+        steps: number of steps, ≥ 1.
+        start: first time, in (0, 1].
+        end: last time, in [0, start).
+
+    Returns:
+        [steps + 1] decreasing times.
+
+    Raises:
+        ValueError: for an argument outside its range.
+
+    References: Song et al. 2020, arXiv:2010.02502, appendix D.2.
+    """
+    _check_ends(steps, start, end, lowest=0.0)
+    inner = jnp.linspace(start**0.5, end**0.5, steps + 1) ** 2
+    return inner.at[0].set(start).at[-1].set(end)
+
+
+def trailing(steps: int, train_steps: int = 1000) -> Grid:
+    """The times T, T − T/n, …, T/n of T training steps, over T, and 0.
+
+    Args:
+        steps: number of steps n, 1 ≤ n ≤ train_steps.
+        train_steps: number of discrete times T of the training.
+
+    Returns:
+        [steps + 1] decreasing times, from 1 to 0.
+
+    Raises:
+        ValueError: for an argument outside its range.
+
+    References: Lin et al. 2023, arXiv:2305.08891, section 3.3 and table 2.
+    """
+    _check_counts(steps, train_steps)
+    return _discrete(np.round(np.arange(steps, 0, -1) * train_steps / steps), train_steps)
+
+
+def linspace(steps: int, train_steps: int = 1000) -> Grid:
+    """n times from T to 1 of T training steps, evenly, over T, and 0.
+
+    Args:
+        steps: number of steps n, 1 ≤ n ≤ train_steps.
+        train_steps: number of discrete times T of the training.
+
+    Returns:
+        [steps + 1] decreasing times, from 1 to 0.
+
+    Raises:
+        ValueError: for an argument outside its range.
+
+    References: Lin et al. 2023, arXiv:2305.08891, table 2.
+    """
+    _check_counts(steps, train_steps)
+    return _discrete(np.round(np.linspace(train_steps, 1, steps)), train_steps)
+
+
+def leading(steps: int, train_steps: int = 1000) -> Grid:
+    """The times 1 + (n − 1) k, …, 1 + k, 1 of T training steps with k = ⌊T/n⌋, over T, and 0.
+
+    It does not begin at 1: draw x from the marginal at its first time, not from the prior.
+
+    Args:
+        steps: number of steps n, 1 ≤ n ≤ train_steps.
+        train_steps: number of discrete times T of the training.
+
+    Returns:
+        [steps + 1] decreasing times, to 0.
+
+    Raises:
+        ValueError: for an argument outside its range.
+
+    References: Lin et al. 2023, arXiv:2305.08891, table 2.
+    """
+    _check_counts(steps, train_steps)
+    return _discrete(1 + np.arange(steps)[::-1] * (train_steps // steps), train_steps)
 
 
 def uniform_log_snr(
@@ -130,6 +219,18 @@ def _warped(process, steps, start, end, to_zero, warp, log_snr_of) -> Grid:
     # The ends are known exactly; only the times between them are found by bisection.
     inner = inner.at[0].set(start).at[-1].set(end)
     return jnp.append(inner, 0.0) if to_zero else inner
+
+
+def _discrete(indices: np.ndarray, train_steps: int) -> Grid:
+    return jnp.asarray(np.append(indices, 0) / train_steps, jnp.result_type(float))
+
+
+def _check_counts(steps: int, train_steps: int) -> None:
+    if not 1 <= steps <= train_steps:
+        raise ValueError(
+            f"steps must satisfy 1 <= steps <= train_steps, got steps={steps} with "
+            f"train_steps={train_steps}."
+        )
 
 
 def _check_ends(steps: int, start: float, end: float, lowest: float) -> None:

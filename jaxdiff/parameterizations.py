@@ -18,6 +18,8 @@ velocity        dα/dt               dσ/dt               the SNR stands still
 edm             see `EDM`           see `EDM`           σ = 0 or α = 0
 ==============  ==================  ==================  =======================================
 
+`learned_variance` adds a second half of channels to any of them, for the variance of x_0.
+
 The network sees c_in x, of about unit variance, and a noise level: by default log-SNR/4, a smooth
 coordinate in which a smooth embedding keeps the drift smooth in t and adaptive solvers cheap.
 """
@@ -30,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxdiff import struct
-from jaxdiff.processes.base import Denoised
+from jaxdiff.processes.base import SDE, Denoised, Process
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.typing import Array, Data, Params, Scalar, State, Time
 
@@ -39,6 +41,7 @@ __all__ = [
     "X0",
     "Apply",
     "Epsilon",
+    "LearnedVariance",
     "Linear",
     "NetDenoiser",
     "NoiseLevel",
@@ -49,6 +52,7 @@ __all__ = [
     "discrete_time",
     "edm",
     "epsilon",
+    "learned_variance",
     "log_sigma",
     "predict",
     "quarter_log_snr",
@@ -84,11 +88,11 @@ def log_sigma(process: Gaussian, t: Time) -> Time:
 class Parameterization(Protocol):
     """An affine map from the network's output to the moments of x_0; for one example."""
 
-    def inputs(self, process: Gaussian, x: State, t: Time) -> tuple[State, Time]:
+    def inputs(self, process: Any, x: State, t: Time) -> tuple[Array, Time]:
         """(c_in · x, noise level): what the network is given."""
         ...
 
-    def denoised(self, process: Gaussian, out: State, x: State, t: Time) -> Denoised:
+    def denoised(self, process: Any, out: Array, x: State, t: Time) -> Denoised:
         """c_skip · x + c_out · out: what its output means."""
         ...
 
@@ -278,10 +282,79 @@ def edm(sigma_data: float = 0.5, *, noise_level: NoiseLevel = quarter_log_snr) -
     return EDM(sigma_data=sigma_data, noise_level=noise_level)
 
 
+@struct.dataclass
+class LearnedVariance:
+    """Mean and variance of x_0 from a network with twice the channels; see `learned_variance`."""
+
+    mean: Parameterization
+    steps: Scalar
+
+    def inputs(self, process: Gaussian, x: State, t: Time) -> tuple[State, Time]:
+        """What the mean's parameterization gives the network."""
+        return self.mean.inputs(process, x, t)
+
+    def denoised(
+        self, process: Gaussian, out: Float[Array, "..."], x: Float[Array, "..."], t: Time
+    ) -> Denoised:
+        """The mean from the first half of the channels, the variance from the second."""
+        out, fraction = jnp.split(out, 2, axis=-1)
+        mean = self.mean.denoised(process, out, x, t).mean
+        return Denoised(mean, self.variance(process, 0.5 * (fraction + 1.0), t))
+
+    def variance(self, process: Gaussian, v: Array, t: Time) -> Array:
+        """Var[x_0 | x_t] such that the step t → t − 1/T has the variance β^v β̃^{1−v}."""
+        t = jnp.maximum(t, 0.01 / self.steps)  # at 0 there is no step left to read it from
+        alpha, sigma = process.schedule(t)
+        lower, gain = self._bounds(process, t)
+        raised = jnp.maximum(lower, self._bounds(process, jnp.maximum(t, 2.0 / self.steps))[0])
+        upper = lower + gain**2 * sigma**2 / (alpha**2 + sigma**2)
+        raised = jnp.minimum(raised, upper)
+        # β^v β̃^{1−v} − β̃ without the difference of two nearly equal numbers.
+        excess = raised - lower + raised * jnp.expm1(v * jnp.log(upper / raised))
+        return jnp.maximum(excess, 0.0) / gain**2
+
+    def _bounds(self, process: Gaussian, t: Time) -> tuple[Time, Time]:
+        """The training step's β̃, and the weight of x_0 in its mean."""
+        known = Denoised(jnp.ones_like(t))
+        s = jnp.maximum(t - 1.0 / self.steps, 0.0)
+        step = process.posterior(jnp.zeros_like(t), known, t, s)
+        return jnp.square(step.std), step.mean
+
+
+def learned_variance(mean: Parameterization, *, steps: int = 1000) -> LearnedVariance:
+    """The network also predicts the reverse variance, between its two bounds in log space.
+
+    Of twice the channels of the data, the first half predicts the mean as `mean` says; the second,
+    v', sets the variance of the step from t to t − 1/T to
+
+        exp(v log β + (1 − v) log β̃),     v = (v' + 1)/2,
+
+    where β̃ is that of a known x_0 and β that of x_0 as uncertain as N(0, I) data would leave it. It
+    is stated as the variance of x_0 that explains it, from which every other stride follows by the
+    law of total variance. Train it with `objectives.improved_ddpm`.
+
+    Args:
+        mean: what the first half of the channels predicts.
+        steps: T ≥ 2, the number of equal steps that the variance is learned for.
+
+    Raises:
+        ValueError: unless steps ≥ 2.
+
+    Note: a reverse variance below β̃ would be a negative variance of x_0, and is taken for β̃. Where
+        β̃ vanishes, at the first step, the paper puts the second one's into the formula; so do we,
+        for all t ≤ 2/T. For strided sampling the paper evaluates it between the new β̃ and β.
+
+    References: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15.
+    """
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, got {steps}.")
+    return LearnedVariance(mean=mean, steps=steps)
+
+
 def predict(
     apply: Apply,
     params: Params,
-    process: Gaussian,
+    process: Process | SDE,
     parameterization: Parameterization,
     x: Float[Array, "b ..."],
     t: Float[Array, "b"],
@@ -321,7 +394,7 @@ class NetDenoiser:
     """
 
     params: Params
-    process: Gaussian
+    process: Process
     apply: Apply = struct.field(pytree_node=False)
     parameterization: Parameterization
     condition: Mapping[str, Array] = struct.field(default_factory=dict)

@@ -36,6 +36,7 @@ import optimistix
 from jaxtyping import Array, Float
 
 from jaxdiff import struct
+from jaxdiff.distributions import root
 from jaxdiff.typing import Scalar, Time
 
 __all__ = [
@@ -68,7 +69,12 @@ def log_snr(schedule: Schedule, t: Time) -> Time:
     References: Kingma et al. 2021, arXiv:2107.00630, section 3.1 (γ = −log-SNR).
     """
     alpha, sigma = schedule(t)
-    return 2.0 * (jnp.log(alpha) - jnp.log(sigma))
+    return 2.0 * (_log(alpha) - _log(sigma))
+
+
+def _log(x: Time) -> Time:
+    # −∞ at 0 for whatever parameters: no gradient from there.
+    return jnp.where(x > 0.0, jnp.log(jnp.where(x > 0.0, x, 1.0)), -jnp.inf)
 
 
 def time_of_log_snr(schedule: Schedule, value: Float[Array, ""]) -> Time:
@@ -101,7 +107,7 @@ def time_of_log_snr(schedule: Schedule, value: Float[Array, ""]) -> Time:
 
 def _variance_preserving(log_alpha: Time) -> tuple[Time, Time]:
     # expm1 keeps σ exact where α is close to 1.
-    return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2.0 * log_alpha))
+    return jnp.exp(log_alpha), root(-jnp.expm1(2.0 * log_alpha))
 
 
 @struct.dataclass
@@ -178,7 +184,7 @@ class Cosine:
         angle = self.start + t * (self.stop - self.start)
         # 1 − cos²φ/cos²φ₀ = sin(φ+φ₀) sin(φ−φ₀)/cos²φ₀: no cancellation at small t.
         sine = jnp.sin(angle + self.start) * jnp.sin(t * (self.stop - self.start))
-        return jnp.cos(angle) / jnp.cos(self.start), jnp.sqrt(sine) / jnp.cos(self.start)
+        return jnp.cos(angle) / jnp.cos(self.start), root(sine) / jnp.cos(self.start)
 
 
 def cosine(offset: float = 0.008, log_snr_min: float = -15.0) -> Cosine:

@@ -14,6 +14,7 @@ negative step, and give wrong samples without an error; so whatever runs from t 
 solved on the clock τ = −t, which also keeps every digit of a small t.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,29 +29,32 @@ from jaxtyping import Array, Float, Int
 
 from jaxdiff import grids
 from jaxdiff.compile import jit
-from jaxdiff.processes.base import SDE, Denoiser, example_keys, score, velocity
+from jaxdiff.processes.base import SDE, Augmented, Denoiser, along, example_keys, noise_rate, score
+from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.typing import Grid, Key, Scalar, State, Time
 
 __all__ = [
     "Flow",
     "LogLikelihood",
     "adaptive",
+    "joint_bound",
     "log_likelihood",
     "probability_flow",
     "reverse_sde",
+    "underdamped_langevin",
 ]
 
 
 class Flow(NamedTuple):
-    """A solution of the probability-flow ODE.
+    """A solution, of the probability-flow ODE or of the reverse SDE.
 
     Attributes:
-        x: [b, …] states at the end.
-        num_evaluations: calls of the denoiser, exact.
+        x: [b, …] states at the end, or [n, b, …] states at the times asked for.
+        num_evaluations: calls of the denoiser, exact; with steps per example, [b] of them.
     """
 
     x: State
-    num_evaluations: Int[Array, ""]
+    num_evaluations: Int[Array, "..."]
 
 
 class LogLikelihood(NamedTuple):
@@ -78,11 +82,19 @@ def reverse_sde(
     grid: Grid,
     *,
     solver: diffrax.AbstractSolver | None = None,
-    eta: Scalar = 1.0,
-) -> State:
-    """Samples by solving the reverse-time SDE over a time grid.
+    eta: Scalar | Callable[[Time], Scalar] = 1.0,
+    controller: diffrax.AbstractStepSizeController | None = None,
+    path_tolerance: float | None = None,
+    max_steps: int = 4096,
+    trajectory: bool = False,
+    final_denoise: bool = False,
+    evaluations: bool = False,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+) -> State | Flow:
+    """Samples by solving the reverse-time SDE.
 
-    dx = (v − ½ η² g² s) dt + η g dw̄, in one compiled program.
+    dx = (v − ½ η² g² s) dt + η g dw̄, in one compiled program, in steps that are either those of
+    the grid or chosen by a controller.
 
     Args:
         process: the forward process.
@@ -92,39 +104,77 @@ def reverse_sde(
         grid: [n + 1] decreasing times. End it above 0 where σ(0) = 0 and the solver evaluates the
             end of its steps: all but `Euler` do.
         solver: a diffrax SDE solver; by default `Euler`, that is Euler–Maruyama, one call a step.
-            The noise is additive, so Itô and Stratonovich agree, and Milstein's method is
-            Euler's: diffrax's `ItoMilstein` only takes more memory.
-        eta: noise, ≥ 0: 1 is the reverse SDE, 0 the probability flow; marginals are the same. The
-            number 0 is compiled as a program of its own, without noise.
+            `ShARK` (two calls) does better on a grid, `SPaRK` (three) with adaptive steps. The
+            noise is additive, so Itô and Stratonovich agree, and Milstein's method is Euler's:
+            diffrax's `ItoMilstein` only takes more memory.
+        eta: noise, ≥ 0: 1 is the reverse SDE, 0 the probability flow; marginals are the same, also
+            with a function of t (a switch from SDE to ODE, a window of noise). The number 0 is
+            compiled as a program of its own, without noise.
+        controller: None for the steps of the grid; else a step-size controller, `adaptive(0.03)`
+            say, that chooses its own between the grid's ends.
+        path_tolerance: resolution of the Brownian path, in units of t. None draws fresh increments
+            for the steps of a grid, which is cheapest. With a number the path belongs to the key
+            alone, and finer grids or tolerances see the same one; keep it below the steps. With a
+            controller it defaults to 2⁻¹² of the time span.
+        max_steps: solver steps after which to give up, with a controller.
+        trajectory: whether to return the states at all times of the grid.
+        final_denoise: whether to return x̂_0 at grid[-1], by one more network call.
+        evaluations: whether to count the network's calls.
+        adjoint: how diffrax takes a gradient in reverse; by default `RecursiveCheckpointAdjoint()`,
+            whose memory grows with the logarithm of the steps. `checkpoints=k` bounds it.
 
     Returns:
-        [b, …] states at grid[-1].
+        [b, …] states at grid[-1], or [n + 1, b, …]; with `evaluations`, a `Flow` of them and the
+        count.
 
     Raises:
-        ValueError: if the grid does not fall strictly within [0, 1], or eta < 0.
+        ValueError: if the grid does not fall strictly within [0, 1], eta < 0, path_tolerance ≤ 0,
+            or calls cannot be counted.
+        RuntimeError: if the solver needed more than `max_steps` steps.
 
     References: Anderson 1982, doi:10.1016/0304-4149(82)90051-5; Song et al. 2021,
-        arXiv:2011.13456, eq. 6; Zhang and Chen 2022, arXiv:2204.13902 (the family in η).
+        arXiv:2011.13456, eq. 6; Zhang and Chen 2022, arXiv:2204.13902 (the family in η); Karras et
+        al. 2022, arXiv:2206.00364, appendix B.5 (η as a function of t).
     """
     grid = jnp.asarray(grid)
     grids.check(grid)
-    if not isinstance(eta, Tracer) and not float(eta) >= 0.0:
+    if not callable(eta) and not isinstance(eta, Tracer) and not float(eta) >= 0.0:
         raise ValueError(f"eta must be at least 0, got {eta}.")
+    if path_tolerance is not None and not path_tolerance > 0.0:
+        raise ValueError(f"path_tolerance must be positive, got {path_tolerance}.")
     keys = example_keys(key, x.shape[0])
     solver = diffrax.Euler() if solver is None else solver
-    if isinstance(eta, int | float) and eta == 0 and _is_countable(solver):
+    if evaluations:
+        _check_countable(solver)
+    options = {
+        "controller": diffrax.StepTo(-grid) if controller is None else controller,
+        "max_steps": grid.shape[0] - 1 if controller is None else max_steps,
+        "final_denoise": final_denoise,
+        "adjoint": _adjoint(adjoint),
+    }
+    if isinstance(eta, int | float) and eta == 0 and _solves_odes(solver):
         # Without noise this is the flow, to the last bit.
-        return _probability_flow(
+        times = grid if trajectory else None
+        solution = _probability_flow(
+            process, denoise, x, grid[0], grid[-1], times, solver=solver, **options
+        )
+    else:
+        resolution: Scalar | None = path_tolerance
+        if resolution is None and _chooses(controller):
+            resolution = 2.0**-12 * (grid[0] - grid[-1])
+        solution = _reverse_sde(
             process,
             denoise,
+            keys,
             x,
-            grid[0],
-            grid[-1],
+            grid,
+            eta if callable(eta) else jnp.asarray(eta),
             solver=solver,
-            controller=diffrax.StepTo(-grid),
-            max_steps=grid.shape[0] - 1,
-        ).x
-    return _reverse_sde(process, denoise, keys, x, grid, jnp.asarray(eta), solver=solver)
+            path_tolerance=resolution,
+            trajectory=trajectory,
+            **options,
+        )
+    return solution if evaluations else solution.x
 
 
 def probability_flow(
@@ -136,8 +186,12 @@ def probability_flow(
     *,
     solver: diffrax.AbstractSolver | None = None,
     controller: diffrax.AbstractStepSizeController | None = None,
+    per_example: bool = False,
+    times: Float[Array, "n"] | None = None,
+    final_denoise: bool = False,
     max_steps: int = 4096,
     evaluations: bool = False,
+    adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> State | Flow:
     """Carries states along the probability-flow ODE, in either direction.
 
@@ -153,11 +207,19 @@ def probability_flow(
         controller: a diffrax step-size controller; by default adaptive with relative and absolute
             tolerance 1e-4, in the norm of the worst example. One that names times (`StepTo`) names
             them on the increasing clock τ = t, or τ = −t if t1 < t0.
+        per_example: whether each example chooses its own steps: its result then does not depend on
+            the batch around it at all, at the cost of waiting for the slowest.
+        times: [n] times from t0 towards t1 at which to return the states, by dense output.
+        final_denoise: whether to return x̂_0 at t1, by one more network call.
         max_steps: solver steps after which to give up.
         evaluations: whether to count the network's calls, for explicit Runge–Kutta solvers.
+        adjoint: how diffrax takes a gradient in reverse; by default `RecursiveCheckpointAdjoint()`,
+            whose memory grows with the logarithm of the steps. `checkpoints=k` bounds it;
+            `BacksolveAdjoint()` stores nothing, and solves the flow backwards instead.
 
     Returns:
-        [b, …] states at t1; with `evaluations`, a `Flow` of states and count.
+        [b, …] states at t1, or [n, b, …] at `times`; with `evaluations`, a `Flow` of states and
+        count.
 
     Raises:
         ValueError: if a time lies outside [0, 1], or calls cannot be counted.
@@ -169,9 +231,20 @@ def probability_flow(
     solver = diffrax.Dopri5() if solver is None else solver
     controller = adaptive(1e-4) if controller is None else controller
     if evaluations:
-        _calls_per_step(solver)
-    solution = _probability_flow(
-        process, denoise, x, t0, t1, solver=solver, controller=controller, max_steps=max_steps
+        _check_countable(solver)
+    flow = _probability_flow if not per_example else _flow_per_example
+    solution = flow(
+        process,
+        denoise,
+        x,
+        t0,
+        t1,
+        times,
+        solver=solver,
+        controller=controller,
+        final_denoise=final_denoise,
+        max_steps=max_steps,
+        adjoint=_adjoint(adjoint),
     )
     return solution if evaluations else solution.x
 
@@ -228,7 +301,7 @@ def log_likelihood(
         raise ValueError(f"t0 and t1 must satisfy 0 < t0 < t1 <= 1, got t0={t0}, t1={t1}.")
     solver = diffrax.Dopri5() if solver is None else solver
     controller = adaptive(1e-5) if controller is None else controller
-    _calls_per_step(solver)
+    _check_countable(solver)
     if probes is not None and probes < 1:
         raise ValueError(f"probes must be at least 1, or None for the exact trace, got {probes}.")
     if probes is not None and key is None:
@@ -249,6 +322,94 @@ def log_likelihood(
     )
 
 
+def underdamped_langevin(
+    process: Gaussian,
+    denoise: Denoiser,
+    key: Key,
+    x: Float[Array, "b ..."],
+    t: Scalar,
+    *,
+    steps: int = 10,
+    step_size: Scalar = 0.5,
+    friction: Scalar = 2.0,
+    solver: diffrax.AbstractSolver | None = None,
+) -> State:
+    """Moves states about within p_t, by Langevin dynamics with momentum, at a fixed time.
+
+    In units of the noise's standard deviation σ(t),
+
+        dx = σ v dτ,    dv = (σ ∇log p_t(x) − γ v) dτ + √(2γ) dw,
+
+    whose stationary law is p_t(x) N(v; 0, I). It corrects errors of the marginal in fewer network
+    calls than Langevin dynamics without momentum.
+
+    Args:
+        process: the forward process.
+        denoise: (x [b, …], t) ↦ moments of x_0.
+        key: one key, or one an example [b].
+        x: [b, …] states; the velocities are drawn.
+        t: the time, with σ(t) > 0.
+        steps: number of steps, ≥ 1.
+        step_size: of τ, > 0; about 1 crosses the noise's own width.
+        friction: γ > 0; 2 is critical for a Gaussian p_t.
+        solver: one of diffrax's underdamped Langevin solvers; by default `ALIGN`, with steps + 1
+            network calls; `ShOULD` takes as many, `QUICSORT` two a step.
+
+    Returns:
+        [b, …] states, of the same law where x was of p_t.
+
+    Raises:
+        ValueError: if steps < 1 or a number is not positive.
+
+    References: Foster, Lyons and Oberhauser 2021, arXiv:2101.03446 (the solvers); Dockhorn, Vahdat
+        and Kreis 2022, arXiv:2112.07068, eq. 1 (the dynamics).
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    for name, value in (("step_size", step_size), ("friction", friction)):
+        if not isinstance(value, Tracer) and not float(value) > 0.0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+    keys = example_keys(key, x.shape[0])
+    solver = diffrax.ALIGN() if solver is None else solver
+    return _underdamped(
+        process, denoise, keys, x, _time("t", t), step_size, friction, steps=steps, solver=solver
+    )
+
+
+def joint_bound(
+    process: Augmented,
+    denoise: Denoiser,
+    key: Key,
+    x: Float[Array, "b ..."],
+    *,
+    t0: Scalar = 1e-3,
+    **options: Any,
+) -> LogLikelihood:
+    """A lower bound of log p(x) from the exact likelihood of data and velocity together.
+
+        log p(x) ≥ E_{v ~ q} [log p(x, v) − log q(v)],
+
+    where q is the law of the process's initial velocity; one velocity is drawn an example.
+
+    Args:
+        process: a process that augments its data, such as `CLD`.
+        denoise: (z [b, 2, …], t) ↦ moments of x_0.
+        key: of velocities and probes: one key, or one an example [b].
+        x: [b, …] data in model space.
+        t0: where the data are placed, in (0, 1). In float32 x tells nothing of v much earlier.
+        **options: further ones of `log_likelihood`.
+
+    Returns:
+        The bound, in nats, with the probes' standard error.
+
+    References: Dockhorn, Vahdat and Kreis 2022, arXiv:2112.07068, appendix B.
+    """
+    keys = jax.vmap(lambda key: jax.random.split(key))(example_keys(key, x.shape[0]))
+    z = jax.vmap(process.augment)(keys[:, 0], x)
+    found = log_likelihood(process, denoise, z, key=keys[:, 1], t0=t0, **options)
+    return found._replace(value=found.value - jax.vmap(process.log_prob_velocity)(z[:, 1]))
+
+
 def adaptive(tolerance: float) -> diffrax.PIDController:
     """Adaptive steps that keep the error of the *worst* example of a batch at a tolerance.
 
@@ -265,42 +426,152 @@ def adaptive(tolerance: float) -> diffrax.PIDController:
     return diffrax.PIDController(rtol=tolerance, atol=tolerance, norm=_worst_example)
 
 
-@jit
-def _reverse_sde(process, denoise, keys, x, grid, eta, *, solver):
-    def drift(clock, x, _):
-        t = -clock
-        x0 = denoise(x, t).mean
-        flow = jax.vmap(lambda x, x0: velocity(process, x, x0, t))(x, x0)
-        pull = jax.vmap(lambda x, x0: score(process, x, x0, t))(x, x0)
-        return 0.5 * (eta * process.diffusion(t)) ** 2 * pull - flow
+def _flow_field(process: SDE, denoise: Denoiser, t: Time, x: Array) -> Array:
+    """The velocity of a batch."""
+    x0 = denoise(x, t).mean
+    return jax.vmap(lambda x, x0: process.velocity(x, x0, t))(x, x0)
 
-    def diffusion(clock, x, _):
-        scale = jnp.broadcast_to(eta * process.diffusion(-clock), x.shape)
+
+@jit
+def _reverse_sde(
+    process,
+    denoise,
+    keys,
+    x,
+    grid,
+    eta,
+    *,
+    solver,
+    controller,
+    path_tolerance,
+    max_steps,
+    trajectory,
+    final_denoise,
+    adjoint,
+):
+    def noise_level(eta: Any, process, t):
+        scale: Any = eta(t) if callable(eta) else eta
+        return scale * noise_rate(process, t)
+
+    def drift(clock, x, args):
+        process, denoise, eta = args
+        t = -clock
+        g = noise_level(eta, process, t)
+        x0 = denoise(x, t).mean
+
+        def backwards(x, x0):
+            pull = score(process, x, x0, t)
+            return 0.5 * along(g, x) ** 2 * pull - process.velocity(x, x0, t)
+
+        return jax.vmap(backwards)(x, x0)
+
+    def diffusion(clock, x, args):
+        process, _, eta = args
+        g = noise_level(eta, process, -clock)
+        scale = jax.vmap(lambda x: jnp.broadcast_to(along(g, x), x.shape))(x)
         return lineax.DiagonalLinearOperator(scale.astype(x.dtype))
 
     shape = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    noise = _ExampleNoise(keys=keys, shape=shape, levy_area=_levy_area(solver))
-    solution = diffrax.diffeqsolve(
+    if path_tolerance is None:
+        noise = _FreshNoise(keys=keys, shape=shape, levy_area=_levy_area(solver))
+    else:
+        noise = _TreeNoise(
+            keys=keys,
+            shape=shape,
+            # Of one kind for all solvers, so that all of them see one path.
+            levy_area=diffrax.SpaceTimeLevyArea,
+            t0=-grid[0],
+            t1=-grid[-1],
+            tolerance=path_tolerance,
+        )
+    x, calls = _solve(
         diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, noise)),
-        solver,
+        x,
         -grid[0],
         -grid[-1],
-        None,
-        x,
-        stepsize_controller=diffrax.StepTo(-grid),
-        max_steps=grid.shape[0] - 1,
+        (process, denoise, eta),
+        times=-grid if trajectory else None,
+        solver=solver,
+        controller=controller,
+        max_steps=max_steps,
+        adjoint=adjoint,
     )
-    assert solution.ys is not None
-    return solution.ys[-1]
+    return _finish(denoise, x, grid[-1], calls, final_denoise, trajectory=trajectory)
 
 
 @jit
-def _probability_flow(process, denoise, x, t0, t1, *, solver, controller, max_steps):
-    def field(t, x):
-        x0 = denoise(x, t).mean
-        return jax.vmap(lambda x, x0: velocity(process, x, x0, t))(x, x0)
+def _probability_flow(
+    process, denoise, x, t0, t1, times, *, solver, controller, max_steps, final_denoise, adjoint
+):
+    sign = _direction(t0, t1)
 
-    return Flow(*_solve(field, x, t0, t1, solver, controller, max_steps))
+    def field(clock, x, args):
+        process, denoise, sign = args
+        return sign * _flow_field(process, denoise, sign * clock, x)
+
+    x, calls = _solve(
+        diffrax.ODETerm(field),
+        x,
+        sign * t0,
+        sign * t1,
+        (process, denoise, sign),
+        times=None if times is None else sign * times,
+        solver=solver,
+        controller=controller,
+        max_steps=max_steps,
+        adjoint=adjoint,
+    )
+    return _finish(denoise, x, t1, calls, final_denoise, trajectory=times is not None)
+
+
+@jit
+def _flow_per_example(process, denoise, x, t0, t1, times, **options):
+    # What a denoiser is conditioned on belongs to the examples, all else of it to all of them.
+    leaves, structure = jax.tree_util.tree_flatten_with_path(denoise)
+    owned = ["condition" in [getattr(key, "name", None) for key in path] for path, _ in leaves]
+    conditions = [leaf for (_, leaf), own in zip(leaves, owned, strict=True) if own]
+
+    def one(x, conditions):
+        mine = iter(conditions)
+        parts = [
+            next(mine)[None] if own else leaf for (_, leaf), own in zip(leaves, owned, strict=True)
+        ]
+        denoise = jax.tree.unflatten(structure, parts)
+        flow = _probability_flow(process, denoise, x[None], t0, t1, times, **options)
+        return Flow(jnp.squeeze(flow.x, 0 if times is None else 1), flow.num_evaluations)
+
+    axis = 0 if times is None else 1
+    return jax.vmap(one, out_axes=Flow(axis, 0))(x, conditions)  # pyright: ignore[reportArgumentType]
+
+
+@jit
+def _underdamped(process, denoise, keys, x, t, step_size, friction, *, steps, solver):
+    _, sigma = process.schedule(t)
+
+    def force(x, args):
+        process, denoise, t = args
+        x0 = denoise(x, t).mean
+        return -jax.vmap(lambda x, x0: score(process, x, x0, t))(x, x0)
+
+    shape = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    own = jax.vmap(jax.random.split)(keys)
+    speed = jax.vmap(lambda key: jax.random.normal(key, shape.shape, shape.dtype))(own[:, 0])
+    noise = _FreshNoise(keys=own[:, 1], shape=shape, levy_area=_levy_area(solver))
+    solution = diffrax.diffeqsolve(
+        diffrax.MultiTerm(
+            diffrax.UnderdampedLangevinDriftTerm(friction, sigma**2, force),
+            diffrax.UnderdampedLangevinDiffusionTerm(friction, sigma**2, noise),
+        ),
+        solver,
+        0.0,
+        steps * step_size,
+        step_size,
+        (x, sigma * speed),
+        (process, denoise, t),
+        max_steps=steps + 1,
+    )
+    assert solution.ys is not None
+    return solution.ys[0][-1]
 
 
 @jit
@@ -316,10 +587,8 @@ def _log_likelihood(
         draw = jax.vmap(lambda key: probe(key, (probes, *x.shape[1:]), x.dtype), out_axes=1)
         directions = draw(keys)
 
-    def field(t, state):
-        def flow(x):
-            x0 = denoise(x, t).mean
-            return jax.vmap(lambda x, x0: velocity(process, x, x0, t))(x, x0)
+    def field(t, state, _):
+        flow = functools.partial(_flow_field, process, denoise, t)
 
         # Forward mode: transposed convolutions are very slow inside a loop on the CPU. The primal
         # does not depend on the direction, so it is computed once.
@@ -331,7 +600,18 @@ def _log_likelihood(
 
     estimates = 1 if probes is None else probes
     start = (x, jnp.zeros((x.shape[0], estimates), x.dtype))
-    (latent, volume), calls = _solve(field, start, t0, t1, solver, controller, max_steps)
+    (latent, volume), calls = _solve(
+        diffrax.ODETerm(field),
+        start,
+        t0,
+        t1,
+        None,
+        times=None,
+        solver=solver,
+        controller=controller,
+        max_steps=max_steps,
+        adjoint=diffrax.RecursiveCheckpointAdjoint(),
+    )
     prior = jax.vmap(process.prior(x.shape[1:]).log_prob)(latent)
     if probes is None:
         stderr = jnp.zeros_like(prior)
@@ -341,36 +621,55 @@ def _log_likelihood(
     return LogLikelihood(prior + jnp.mean(volume, axis=1), stderr, latent, calls)
 
 
-def _solve(field, y0, t0, t1, solver, controller, max_steps):
-    """Solves dy/dt = field(t, y) from t0 to t1 on an increasing clock, and counts its calls."""
-    sign = jnp.where(t1 < t0, -1.0, 1.0).astype(t0.dtype)
-
-    def term(clock, y, _):
-        return jax.tree.map(lambda dy: sign * dy, field(sign * clock, y))
-
-    chooses = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
-    countable = _is_countable(solver)
-    watched = _FirstAttempts(controller) if chooses and countable else controller
+def _solve(
+    terms, y0, t0, t1, args, *, times, solver, controller, max_steps, adjoint
+) -> tuple[Any, Array]:
+    """Solves on an increasing clock from t0 to t1, and counts the calls of the drift."""
+    chooses, per_step = _chooses(controller), _calls_per_step(solver)
+    watched = _FirstAttempts(controller) if chooses and per_step else controller
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(term),
+        terms,
         solver,
-        sign * t0,
-        sign * t1,
-        0.01 * jnp.abs(t1 - t0) if chooses else None,
+        t0,
+        t1,
+        # diffrax would take 0.01, whatever the length of the solve.
+        0.01 * (t1 - t0) if chooses else None,
         y0,
+        args,
         stepsize_controller=watched,
-        saveat=diffrax.SaveAt(t1=True, controller_state=True),
+        saveat=diffrax.SaveAt(t1=times is None, ts=times, controller_state=True),
+        adjoint=adjoint,
         max_steps=max_steps,
     )
     assert solution.stats is not None
-    y1 = jax.tree.map(lambda leaf: leaf[-1], solution.ys)
-    if not countable:
+    y1 = solution.ys if times is not None else jax.tree.map(lambda leaf: leaf[-1], solution.ys)
+    if not per_step:
         return y1, jnp.asarray(-1)
-    per_step, first = _calls_per_step(solver)
-    calls = per_step * solution.stats["num_steps"]
     # Every attempt at the first step computes the first stage anew.
     attempts: Any = solution.controller_state
-    return y1, calls + first * (attempts[1] if chooses else 1)
+    first = attempts[1] if chooses else 1
+    return y1, per_step[0] * solution.stats["num_steps"] + per_step[1] * first
+
+
+def _finish(denoise, x, t1, calls, final_denoise, *, trajectory) -> Flow:
+    """Denoises the last state, if that is wanted."""
+    if not final_denoise:
+        return Flow(x, calls)
+    last = denoise(x[-1] if trajectory else x, t1).mean
+    return Flow(x.at[-1].set(last) if trajectory else last, calls + 1)
+
+
+def _direction(t0: Time, t1: Time) -> Time:
+    """The sign that makes times from t0 to t1 increase."""
+    return jnp.where(t1 < t0, -1.0, 1.0).astype(t0.dtype)
+
+
+def _adjoint(adjoint: diffrax.AbstractAdjoint | None) -> diffrax.AbstractAdjoint:
+    return diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
+
+
+def _chooses(controller: diffrax.AbstractStepSizeController | None) -> bool:
+    return isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
 
 
 def _levy_area(solver: diffrax.AbstractSolver) -> type:
@@ -380,28 +679,47 @@ def _levy_area(solver: diffrax.AbstractSolver) -> type:
     return next(area for area in areas if issubclass(area, wanted))
 
 
-def _is_countable(solver) -> bool:
-    return isinstance(solver, diffrax.Euler | diffrax.AbstractERK)
+def _calls_per_step(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
+    """The drift's calls of an explicit solver: each step, and once more before its first.
 
-
-def _calls_per_step(solver: diffrax.AbstractSolver) -> tuple[int, int]:
-    """The calls of an explicit solver: each step, and once more before its first."""
-    if isinstance(solver, diffrax.Euler):
+    None for other solvers, whose calls depend on their equations.
+    """
+    if isinstance(solver, diffrax.Euler | diffrax.EulerHeun):
         return 1, 0
+    if isinstance(solver, diffrax.AbstractSRK):
+        unused = solver.tableau.ignore_stage_f
+        return len(solver.tableau.b_sol) - (0 if unused is None else int(sum(unused))), 0
     if isinstance(solver, diffrax.AbstractERK):
         assert isinstance(solver.tableau, diffrax.ButcherTableau)
         first = int(solver.tableau.fsal)  # the last stage of a step is the first of the next
         return solver.tableau.num_stages - first, first
-    raise ValueError(
-        f"solver must be Euler or an explicit Runge–Kutta method of diffrax for its network calls "
-        f"to be counted, got {type(solver).__name__}."
-    )
+    return None
+
+
+def _solves_odes(solver: diffrax.AbstractSolver) -> bool:
+    return isinstance(solver, diffrax.Euler | diffrax.AbstractERK)
+
+
+def _check_countable(solver: diffrax.AbstractSolver) -> None:
+    if _calls_per_step(solver) is None:
+        raise ValueError(
+            f"solver must be Euler, EulerHeun or an explicit Runge–Kutta method of diffrax for its "
+            f"network calls to be counted, got {type(solver).__name__}."
+        )
 
 
 def _worst_example(error) -> Array:
-    """The largest root mean square over the examples of a batched state."""
-    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(error)]
-    return jnp.max(jnp.sqrt(jnp.mean(jnp.concatenate(leaves, axis=1) ** 2, axis=1)))
+    """The largest root mean square over the examples of a batched state.
+
+    A gradient solved backwards adds the parameters' part, which has no examples.
+    """
+    leaves = jax.tree.leaves(error)
+    count = leaves[0].shape[0]
+    is_batch = [leaf.ndim > 0 and leaf.shape[0] == count for leaf in leaves]
+    examples = [leaf.reshape(count, -1) for leaf, own in zip(leaves, is_batch, strict=True) if own]
+    others = [leaf.reshape(1, -1) for leaf, own in zip(leaves, is_batch, strict=True) if not own]
+    rows = [jnp.concatenate(part, axis=1) for part in (examples, others) if part]
+    return jnp.max(jnp.stack([jnp.max(jnp.sqrt(jnp.mean(row**2, axis=1))) for row in rows]))
 
 
 def _time(name: str, t: Scalar) -> Time:
@@ -411,25 +729,46 @@ def _time(name: str, t: Scalar) -> Time:
 
 
 class _ExampleNoise(diffrax.AbstractBrownianPath):
-    """Brownian increments of a batch, example i's drawn from keys[i] and the step's times."""
+    """Brownian paths of a batch, example i's drawn from keys[i]."""
 
     keys: Key
     shape: jax.ShapeDtypeStruct = eqx.field(static=True)
     levy_area: type = eqx.field(static=True)
-    # Everywhere defined; pyright takes diffrax's abstract fields for mutable ones.
-    t0: Any = eqx.field(static=True, default=-math.inf)  # pyright: ignore[reportIncompatibleVariableOverride]
-    t1: Any = eqx.field(static=True, default=math.inf)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def path(self, key: Key) -> diffrax.AbstractBrownianPath:
+        """One example's."""
+        raise NotImplementedError
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
-        def increment(key):
-            path = diffrax.UnsafeBrownianPath(self.shape, key, self.levy_area)
-            return path.evaluate(t0, t1, left, use_levy)
-
-        drawn = jax.vmap(increment)(self.keys)
+        drawn = jax.vmap(lambda key: self.path(key).evaluate(t0, t1, left, use_levy))(self.keys)
         if use_levy:
             # The time step belongs to the batch, not to each of its examples.
             drawn = eqx.tree_at(lambda area: area.dt, drawn, drawn.dt[0])
         return drawn
+
+
+class _FreshNoise(_ExampleNoise):
+    """Independent increments, keyed by the times of the step."""
+
+    # Everywhere defined; pyright takes diffrax's abstract fields for mutable ones.
+    t0: Any = eqx.field(static=True, default=-math.inf)  # pyright: ignore[reportIncompatibleVariableOverride]
+    t1: Any = eqx.field(static=True, default=math.inf)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def path(self, key):
+        return diffrax.UnsafeBrownianPath(self.shape, key, self.levy_area)
+
+
+class _TreeNoise(_ExampleNoise):
+    """One path a key, whatever the steps, at a resolution."""
+
+    t0: Any  # pyright: ignore[reportIncompatibleVariableOverride]
+    t1: Any  # pyright: ignore[reportIncompatibleVariableOverride]
+    tolerance: Any
+
+    def path(self, key):
+        return diffrax.VirtualBrownianTree(
+            self.t0, self.t1, self.tolerance, self.shape, key, self.levy_area
+        )
 
 
 class _FirstAttempts(diffrax.AbstractStepSizeController):

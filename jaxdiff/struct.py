@@ -7,11 +7,12 @@ registered as custom nodes compare by type, so this library registers its own.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
-__all__ = ["dataclass", "field"]
+__all__ = ["as_pytree", "dataclass", "field"]
 
 T = TypeVar("T")
 
@@ -52,3 +53,9 @@ def dataclass(cls: type[T]) -> type[T]:
 
     jax.tree_util.register_pytree_with_keys(frozen, flatten_with_keys, unflatten, flatten)
     return frozen
+
+
+def as_pytree(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain function as a tree without leaves; a pytree as it is."""
+    is_leaf = jax.tree_util.all_leaves([function])
+    return jax.tree_util.Partial(function) if is_leaf else function

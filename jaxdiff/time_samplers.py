@@ -6,6 +6,7 @@ of the loss.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ __all__ = [
 
 Times = tuple[Float[Array, "n"], Float[Array, "n"]]
 
-TimeSampler = Callable[[Key, Gaussian, int], Times]
+TimeSampler = Callable[[Key, Any, int], Times]
 """(key, process, n) ↦ (t [n], 1/r(t) [n])."""
 
 

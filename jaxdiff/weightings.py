@@ -7,6 +7,7 @@ true score; the weight decides where a finite network spends its errors.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -27,7 +28,7 @@ __all__ = [
     "simple",
 ]
 
-Weighting = Callable[[Gaussian, Time], Time]
+Weighting = Callable[[Any, Time], Time]
 """(process, t) ↦ w(t) ≥ 0, the weight of ‖ε̂ − ε‖²."""
 
 

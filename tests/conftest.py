@@ -19,6 +19,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs of one file are of no use to the next, and gigabytes in all."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def gmm_data():
     """2,000 fresh points of the five-mode mixture, for the sampler gate."""

@@ -5,7 +5,8 @@ score taken 0.01 late, noise 5 % too loud and a solve that stops at t = 0.02, wh
 standard deviation catches; and a wrong mixture weight shows in the shares of the modes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,49 @@ class Late(NamedTuple):
         score = (alpha * self.denoise(x, early).mean - x) / sigma**2
         alpha, sigma = self.process.schedule(t)
         return Denoised((x + sigma**2 * score) / alpha)
+
+
+class Loud(NamedTuple):
+    """A mutant step, all of whose fresh noise is scaled."""
+
+    step: Any
+    factor: float = 1.05
+
+    def init(self, x):
+        return self.step.init(x)
+
+    def update(self, key, x, state, t, s, denoise):
+        normal = jax.random.normal
+        loud = lambda *args, **options: self.factor * normal(*args, **options)
+        with mock.patch.object(jax.random, "normal", loud):  # while the step is traced
+            return self.step.update(key, x, state, t, s, denoise)
+
+
+MUTANTS = {
+    "late score": lambda found: found.std < 0.193,
+    "early stop": lambda found: found.std > 0.207,
+    "wrong weights": lambda found: found.weights > 0.06,
+    "loud noise": lambda found: found.std > 0.207,
+    "no noise": lambda found: found.energy > 0.1,
+}
+"""Plausible mistakes of a sampler, and the number of the gate that must see each; the last two are
+for samplers with fresh noise."""
+
+
+def mutated(mutant: str, step, process, make_grid):
+    """A step, a denoiser of GMM5 and a grid, with one mistake in one of them.
+
+    make_grid(end) makes a grid that stops at a time `end` with σ > 0, make_grid(None) a proper one.
+    """
+    denoise, grid = GMM5.denoiser(process), make_grid(0.02 if mutant == "early stop" else None)
+    if mutant == "late score":
+        denoise = Late(process, denoise)
+    if mutant == "wrong weights":
+        flat = GMM5.__class__(jnp.full(5, 0.2), GMM5.means, GMM5.variances, GMM5.axes)
+        denoise = flat.denoiser(process)
+    if mutant in ("loud noise", "no noise"):
+        step = Loud(step, 1.05 if mutant == "loud noise" else 0.0)
+    return step, denoise, grid
 
 
 GMM5 = gmm5()

@@ -97,6 +97,8 @@ def experiment(config):
     return jd.Experiment(
         config=config,
         init=lambda key: {"w": jax.random.uniform(key)},
+        process=process,
+        denoiser=denoiser,
         objective=objective,
         optimizer=optax.sgd(config.rate),
         ema_decay=0.5,

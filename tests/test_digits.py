@@ -10,6 +10,9 @@ from jaxdiff import networks
 from jaxdiff.data.batches import Batches
 from jaxdiff.data.images import load_images, to_model
 from jaxdiff.metrics import energy_distance
+from jaxdiff.processes.gaussian import Rescaled
+from jaxdiff.schedules import time_of_log_snr
+from jaxdiff.solve import adaptive
 from jaxdiff.training import init_state, make_train_step, warmup_cosine_adam
 
 VP = jd.Gaussian(jd.linear_beta())
@@ -63,3 +66,44 @@ def test_few_deterministic_steps_beat_few_noisy_ones(trained):
     run = lambda step: jd.sample(step, denoise, jd.grids.uniform(20), jax.random.key(3), x)
     ddim, ancestral = (energy_distance(run(s), real) for s in (jd.DDIM(VP), jd.Ancestral(VP)))
     assert ddim < ancestral
+
+
+def test_flow_is_straighter_where_the_signal_is_not_scaled(trained):
+    """C6: path length over chord, of the same trajectories, in x/α and in x."""
+    net, params, _ = trained
+    denoise = jd.NetDenoiser(params, VP, net.apply, jd.epsilon())
+    x = VP.prior((32, 8, 8, 1)).sample(jax.random.key(2))
+    times = jnp.linspace(1.0, 1e-3, 65)
+    states = jd.probability_flow(VP, denoise, x, 1.0, 1e-3, times=times)
+    alpha, _ = jax.vmap(VP.schedule)(times)
+
+    def curvature(path):
+        path = path.reshape(*path.shape[:2], -1)
+        length = jnp.linalg.norm(jnp.diff(path, axis=0), axis=-1).sum(0)
+        return length / jnp.linalg.norm(path[-1] - path[0], axis=-1)
+
+    straight = curvature(states / alpha[:, None, None, None, None])
+    assert float(straight.min()) >= 1.0
+    assert float(straight.mean()) < 1.01 < 1.05 < float(curvature(states).mean())
+
+
+def test_gentler_clock_needs_fewer_calls(trained):
+    """B24: on EDM's clock, in x/α, the flow ends where it ends in t, after fewer calls."""
+    net, params, _ = trained
+    denoise = jd.NetDenoiser(params, VP, net.apply, jd.epsilon())
+    target = jd.Gaussian(jd.edm(0.02, 100.0))
+    rescaled = Rescaled(denoise, VP, target)
+    ends = [time_of_log_snr(VP.schedule, target.log_snr(jnp.float32(u))) for u in (1.0, 0.0)]
+    scales = [float(VP.schedule(t)[0]) for t in ends]
+    y = target.prior((32, 8, 8, 1)).sample(jax.random.key(2))
+
+    def solve(tolerance):
+        options = {"controller": adaptive(tolerance), "evaluations": True}
+        plain = jd.probability_flow(VP, denoise, scales[0] * y, ends[0], ends[1], **options)
+        gentle = jd.probability_flow(target, rescaled, y, 1.0, 0.0, **options)
+        return plain, gentle, jnp.abs(plain.x - scales[1] * gentle.x)
+
+    plain, gentle, _ = solve(1e-3)
+    assert gentle.num_evaluations < plain.num_evaluations
+    _, _, error = solve(1e-5)
+    assert float(jnp.median(error)) < 1e-4

@@ -107,6 +107,22 @@ def test_energy_null_has_the_bias_of_its_size_and_grows_with_repeats(rng):
     assert np.mean(many) > np.mean(one)
 
 
+def test_sliced_distance_of_shifted_gaussians_is_the_shift_seen_from_all_sides(rng):
+    """⟨θ, m⟩² is |m|²/d on average over the sphere; in one dimension it is the W₂ of scipy."""
+    x, shift = rng.normal(size=(2000, 3)), np.array([1.0, -2.0, 0.5])
+    key = jax.random.key(0)
+    found = metrics.sliced_wasserstein(key, x, x + shift, directions=4000)
+    assert found == pytest.approx(np.linalg.norm(shift) / math.sqrt(3), rel=0.03)
+    wide = metrics.sliced_wasserstein(key, x, 3.0 * x, directions=2000)
+    assert wide == pytest.approx(2.0 * math.sqrt(np.mean(x**2)), rel=0.05)
+    x, y = rng.normal(size=500), rng.exponential(size=500)
+    cost = (np.sort(x)[:, None] - np.sort(y)[None]) ** 2
+    pairs = optimize.linear_sum_assignment(cost)
+    expected = math.sqrt(cost[pairs].mean())
+    assert metrics.sliced_wasserstein(key, x, y) == pytest.approx(expected, rel=1e-9)
+    assert metrics.sliced_wasserstein(key, x, rng.permutation(x)) == 0.0
+
+
 def test_energy_gate_on_digits(digits):
     """Fresh digits pass three times the null; noisy digits, a single class and noise fail."""
     train, labels, test, _ = digits

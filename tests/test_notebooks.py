@@ -15,7 +15,10 @@ pytest.importorskip("ipykernel", reason="needs the notebooks extra")
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 # What the cell tagged "parameters" is replaced by, for each notebook.
-REDUCED = {"01_quickstart": "STEPS, BATCH, WIDTH, BLOCKS, CALLS, IMAGES = 20, 32, 8, 1, 8, 16"}
+REDUCED = {
+    "01_quickstart": "STEPS, BATCH, WIDTH, BLOCKS, CALLS, IMAGES = 20, 32, 8, 1, 8, 16",
+    "02_processes_and_samplers": "POINTS, PATHS, FINE, BUDGETS = 1000, 12, 200, (5, 20)",
+}
 
 
 def read(name):
@@ -31,12 +34,9 @@ def names(source):
     return re.findall(r"\b[A-Z]{2,}\b", re.sub("#.*", "", source))
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """The executed notebook."""
-    notebook = read("01_quickstart")
-    parameters(notebook).source = REDUCED["01_quickstart"]
-    folder = tmp_path_factory.mktemp("notebook")
+def execute(name, folder):
+    notebook = read(name)
+    parameters(notebook).source = REDUCED[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(folder / "data"))
         patch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
@@ -49,6 +49,18 @@ def quickstart(tmp_path_factory):
         )
         client.execute()
     return notebook
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The executed notebook."""
+    return execute("01_quickstart", tmp_path_factory.mktemp("notebook"))
+
+
+@pytest.fixture(scope="module")
+def samplers(tmp_path_factory):
+    """The executed notebook."""
+    return execute("02_processes_and_samplers", tmp_path_factory.mktemp("notebook"))
 
 
 def printed(notebook):
@@ -73,14 +85,19 @@ def test_notebook_is_stored_clean(name):
     assert "pip install" in next(c.source for c in notebook.cells if c.cell_type == "code")
 
 
-def test_quickstart_draws_its_pictures(quickstart):
-    pictures = [
+def pictures(notebook):
+    return [
         output.data["image/png"]
-        for cell in quickstart.cells
+        for cell in notebook.cells
         for output in cell.get("outputs", [])
-        if output.output_type == "execute_result" and "image/png" in output.data
+        if output.output_type in ("execute_result", "display_data") and "image/png" in output.data
     ]
-    assert len(pictures) == len(set(pictures)) == 6
+
+
+def test_notebooks_draw_their_pictures(quickstart, samplers):
+    for notebook in (quickstart, samplers):
+        found = pictures(notebook)
+        assert len(found) == len(set(found)) == 6
 
 
 def test_quickstart_finds_its_numbers(quickstart):
@@ -97,3 +114,21 @@ def test_quickstart_finds_its_numbers(quickstart):
 def test_quickstart_runs_on_this_interpreter(quickstart):
     version = quickstart.metadata.language_info.version
     assert version == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_samplers_notebook_finds_its_numbers(samplers):
+    text = printed(samplers)
+    moments = re.findall(r"mean ([-+.\d]+), deviation ([.\d]+); exact ([-+.\d]+), ([.\d]+)", text)
+    assert len(moments) == 3
+    for mean, deviation, exact_mean, exact_deviation in (map(float, row) for row in moments):
+        assert abs(mean - exact_mean) < 4 * exact_deviation / 1000**0.5
+        assert abs(deviation / exact_deviation - 1) < 4 / 2000**0.5
+    assert "crossings of the flow's trajectories: 0" in text
+    levels = [float(p) for row in re.findall(r"Smirnov p = (.+)", text) for p in row.split(", ")]
+    assert len(levels) == 9
+    assert min(levels) > 0.005
+    smooth, rough = re.search(r"increments: ([.\d]+) of x, ([.\d]+) of v", text).groups()
+    assert float(smooth) < 0.2 * float(rough)
+    (best,) = re.findall(r"^20 calls: .+, ([.\d]+)$", text, re.M)
+    (floor,) = re.findall(r"data to data: ([.\d]+)", text)
+    assert float(best) < 2 * float(floor)

@@ -10,7 +10,7 @@ import scipy.stats
 from oracles import BETAS, EXPLODING, PRESERVING, SCHEDULES
 
 import jaxdiff as jd
-from jaxdiff.processes.base import SDE, Process, example_keys, velocity
+from jaxdiff.processes.base import SDE, Process, example_keys
 from jaxdiff.schedules import log_snr, time_of_log_snr
 
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
@@ -274,8 +274,8 @@ def test_velocity_is_drift_minus_half_g_squared_score(name):
     for t in map(jnp.asarray, (0.05, 0.4, 0.95)):
         score = process.marginal(x0, t).score(x)
         expected = process.drift(x, t) - 0.5 * process.diffusion(t) ** 2 * score
-        np.testing.assert_allclose(velocity(process, x, x0, t), expected, rtol=5e-4, atol=1e-4)
-    assert np.all(np.isfinite(velocity(process, x, x0, jnp.ones(()))))
+        np.testing.assert_allclose(process.velocity(x, x0, t), expected, rtol=5e-4, atol=1e-4)
+    assert np.all(np.isfinite(process.velocity(x, x0, jnp.ones(()))))
 
 
 @every_schedule

@@ -19,12 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 import jaxdiff
 import jaxdiff as jd
 from jaxdiff import parameterizations, schedules
 from jaxdiff.data import mixture, toys
+from jaxdiff.distributions import BlockNormal
+from jaxdiff.objectives import elbo, improved_ddpm
+from jaxdiff.objectives.d3pm import categorical_bound, masked_cross_entropy
+from jaxdiff.processes import d3pm, linear_sde
 from jaxdiff.processes.base import example_keys
+from jaxdiff.samplers import analytic_dpm
+from jaxdiff.samplers.ddim import DDIMInversion
 
 ROOT = Path(__file__).parent.parent
 KEY = jax.random.key(0)
@@ -37,6 +44,18 @@ BATCH = {"x": X}
 
 def apply(params, x, noise_level):
     return params["w"] * jnp.tanh(x + 0.5 * x[:, ::-1]) + noise_level[:, None]
+
+
+def power(n, t):
+    return (1.0 - t) ** n
+
+
+def logits(params, tokens, noise_level):
+    return params["w"] * jax.nn.one_hot(tokens, 3) + noise_level[:, None, None]
+
+
+def first_half(params, x, noise_level):
+    return apply(params, x, noise_level)[:, : x.shape[1] // 2]
 
 
 def halves(key, process, n):
@@ -62,6 +81,15 @@ def _parameterization(make):
     return Noun(make, lambda p: p.denoised(VP, X[0], X[1], T).mean + p.inputs(VP, X[1], T)[0])
 
 
+def _kernel(make):
+    return Noun(make, lambda kernel: kernel.forward(jnp.eye(3), S, T))
+
+
+def _tokens(make):
+    tokens = jnp.array([[0, 1], [1, 0], [1, 1]])
+    return Noun(make, lambda loss: loss({"w": jnp.float32(1.0)}, KEY, {"x": tokens})[0])
+
+
 def _step(make):
     return Noun(make, lambda step: step.update(KEYS, X, step.init(X), T, S, denoiser())[0])
 
@@ -76,6 +104,32 @@ def _times(make):
 
 def _denoiser(make):
     return Noun(make, lambda denoise: denoise(X, T).mean)
+
+
+def twice(params, x, noise_level):
+    return jnp.concatenate([apply(params, x, noise_level)] * 2, axis=-1)
+
+
+def _cubics(n):
+    return linear_sde.Cubics(n * jnp.array([[0.1], [0.2], [0.3], [0.4]]))
+
+
+def _shrink(x, t):
+    return -t * x
+
+
+def _one_and_time(t):
+    return 1.0 + t
+
+
+def _vector_sde(n):
+    table = lambda value: linear_sde.Cubics(jnp.stack([value, n * value, value, value])[:, None])
+    return linear_sde.LinearSDE(
+        f=Partial(_shrink),
+        g=Partial(_one_and_time),
+        mean_map=table(jnp.eye(2, 3)),
+        covariance=table(jnp.eye(2)),
+    )
 
 
 # One entry a class; the number reaches a leaf wherever the class has any.
@@ -104,8 +158,30 @@ NOUNS = {
         lambda n: jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)),
         lambda process: process.posterior(X[0], jd.Denoised(X[1], 0.1), T, S).sample(KEY),
     ),
+    "Rescaled": _denoiser(
+        lambda n: jd.Rescaled(denoiser(n), VP, jd.Gaussian(jd.edm(0.002, 10.0 + n)))
+    ),
     "Ancestral": _step(lambda n: jd.Ancestral(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)))),
     "DDIM": _step(lambda n: jd.DDIM(VP, eta=0.2 * n)),
+    "DDIMInversion": _step(lambda n: DDIMInversion(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)))),
+    "EulerMaruyama": _step(lambda n: jd.EulerMaruyama(VP, eta=n)),
+    "Heun": _step(lambda n: jd.Heun(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)))),
+    "EDMSampler": _step(lambda n: jd.EDMSampler(VP, churn=0.2 * n)),
+    "AnnealedLangevin": _step(lambda n: jd.AnnealedLangevin(VP, snr=0.2 * n, steps=2)),
+    "Langevin": Noun(
+        lambda n: jd.Langevin(VP, snr=0.2 * n, steps=2),
+        lambda corrector: corrector.correct(KEYS, X, T, denoiser()),
+    ),
+    "PredictorCorrector": _step(
+        lambda n: jd.PredictorCorrector(jd.DDIM(VP), jd.Langevin(VP, snr=0.2 * n))
+    ),
+    "Window": _step(lambda n: jd.Window(jd.DDIM(VP), jd.Heun(VP), low=0.48 * n)),
+    "DPMSolver": _step(lambda n: jd.DPMSolver(VP, ratio=0.4 * n)),
+    "DPMSolverPP": _step(lambda n: jd.DPMSolverPP(VP, eta=0.4 * n)),
+    "DPMSolverPPSingle": _step(lambda n: jd.DPMSolverPPSingle(VP, ratio=0.4 * n, eta=0.1)),
+    "UniPC": _step(lambda n: jd.UniPC(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)))),
+    "DEIS": _step(lambda n: jd.DEIS(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)))),
+    "PNDM": _step(lambda n: jd.PNDM(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)))),
     "NetDenoiser": _denoiser(denoiser),
     "CFG": _denoiser(lambda n: jd.CFG(denoiser(1.0), denoiser(0.5), weight=n)),
     "UnitVariance": Noun(
@@ -117,6 +193,109 @@ NOUNS = {
             jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)),
             parameterizations.edm(),
             time_sampler=halves,
+        ),
+        lambda objective: objective({"w": jnp.float32(1.0)}, KEY, BATCH)[0],
+    ),
+    "Cubics": Noun(_cubics, lambda cubics: cubics(T)),
+    "SolvedSchedule": _schedule(
+        lambda n: linear_sde.SolvedSchedule(log_alpha=_cubics(-n), variance=_cubics(n))
+    ),
+    "DenseNormal": Noun(
+        lambda n: linear_sde.DenseNormal(X[0], n * jnp.eye(2)), lambda normal: normal.log_prob(X[1])
+    ),
+    "LinearSDE": Noun(_vector_sde, lambda process: process.velocity(X[0], X[1], T)),
+    "VectorEpsilon": Noun(
+        lambda n: linear_sde.VectorEpsilon(),
+        lambda p: p.denoised(_vector_sde(1.0), X[0], X[1], T).mean,
+    ),
+    "LearnedVariance": Noun(
+        lambda n: parameterizations.learned_variance(jd.epsilon(), steps=int(10 * n)),
+        lambda p: p.denoised(VP, X.reshape(-1)[:4], X[2], T).var,
+    ),
+    "ImprovedDDPM": Noun(
+        lambda n: improved_ddpm.improved_ddpm(
+            twice,
+            VP,
+            parameterizations.learned_variance(jd.epsilon(), steps=10),
+            weight=n,
+            time_sampler=halves,
+        ),
+        lambda objective: objective({"w": jnp.float32(1.0)}, KEY, BATCH)[0],
+    ),
+    "DiscretizedGaussian": Noun(
+        lambda n: elbo.discretized_gaussian(17, floor=n),
+        lambda decoder: decoder(X[0], jd.Normal(X[1], 0.1)),
+    ),
+    "Categorical": Noun(
+        lambda n: jd.Categorical(jnp.array([[0.2 * n, 1.0 - 0.2 * n]])),
+        lambda law: law.log_prob(jnp.array([[1.0, 0.0]])),
+    ),
+    "UniformKernel": _kernel(lambda n: d3pm.uniform(3, Partial(power, n))),
+    "AbsorbingKernel": _kernel(lambda n: d3pm.absorbing(3, Partial(power, n))),
+    "TableKernel": _kernel(lambda n: d3pm.discretized_gaussian(3, [0.5 * n] * 5)),
+    "D3PM": Noun(
+        lambda n: jd.D3PM(d3pm.uniform(3, Partial(power, n))),
+        lambda process: (
+            process.posterior(jnp.eye(3), jd.Denoised(jnp.full((3, 3), 0.3)), T, S).probs
+        ),
+    ),
+    "Logits": Noun(
+        lambda n: d3pm.Logits(),
+        lambda p: p.denoised(jd.D3PM(d3pm.uniform(3)), jnp.eye(3), jnp.eye(3), T).mean,
+    ),
+    "CategoricalBound": _tokens(
+        lambda n: categorical_bound(
+            logits,
+            jd.D3PM(d3pm.uniform(3)),
+            d3pm.Logits(),
+            jnp.array([1.0, 0.5, 0.0]),
+            cross_entropy=n,
+        )
+    ),
+    "MaskedCrossEntropy": _tokens(
+        lambda n: masked_cross_entropy(
+            logits, jd.D3PM(d3pm.absorbing(3)), d3pm.Logits(), t_min=0.1 * n
+        )
+    ),
+    "Divergence": Noun(
+        lambda n: elbo.Divergence(
+            jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)), Partial(elbo.log_density), 0.0
+        ),
+        lambda step: step.update(KEYS, X, step.init(X), T, S, denoiser())[1][0],
+    ),
+    "AnalyticVariance": Noun(
+        lambda n: analytic_dpm.AnalyticVariance(
+            VP, denoiser(), jnp.array([-9.0, 9.0]), jnp.array([n, 0.5])
+        ),
+        lambda denoise: denoise(X, T).var,
+    ),
+    "Residual": Noun(
+        lambda n: analytic_dpm.Residual(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)), X),
+        lambda step: step.update(KEYS, jnp.zeros(3), None, T, S, denoiser())[0],
+    ),
+    "BlockNormal": Noun(
+        lambda n: BlockNormal(X[:2], jnp.array([[n, 0.0], [0.5, 1.0]])),
+        lambda normal: normal.log_prob(2.0 * X[:2]),
+    ),
+    "CLD": Noun(
+        lambda n: jd.cld(beta=n),
+        lambda process: process.posterior(X[:2], jd.Denoised(X[2], 0.1), T, S).sample(KEY),
+    ),
+    "VelocityNoise": Noun(
+        lambda n: jd.velocity_noise(), lambda p: p.denoised(jd.cld(), X[2], X[:2], T).mean
+    ),
+    "MixedScore": Noun(
+        lambda n: jd.mixed_score(), lambda p: p.denoised(jd.cld(), X[2], X[:2], T).mean
+    ),
+    "SSCS": Noun(
+        lambda n: jd.SSCS(jd.cld(beta=n)),
+        lambda step: step.update(
+            KEYS, jnp.stack([X, 2.0 * X], axis=1), None, T, S, lambda x, t: jd.Denoised(x[:, 0])
+        )[0],
+    ),
+    "HybridScoreMatching": Noun(
+        lambda n: jd.hybrid_score_matching(
+            first_half, jd.cld(beta=n), jd.mixed_score(), time_sampler=halves
         ),
         lambda objective: objective({"w": jnp.float32(1.0)}, KEY, BATCH)[0],
     ),

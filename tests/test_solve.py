@@ -11,8 +11,9 @@ from oracles import GMM5, SCHEDULES, GaussianData, Late, gate, passes
 import jaxdiff as jd
 from jaxdiff.data.mixture import gaussian_mixture
 from jaxdiff.metrics import energy_distance
-from jaxdiff.processes.base import velocity
-from jaxdiff.solve import adaptive
+from jaxdiff.processes.gaussian import Rescaled
+from jaxdiff.schedules import time_of_log_snr
+from jaxdiff.solve import adaptive, underdamped_langevin
 
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 KEY = jax.random.key(0)
@@ -102,7 +103,7 @@ class Loud:
 
     def __init__(self, process, noise, score=1.0):
         self.process, self.noise, self.factor = process, noise, score
-        self.prior, self.drift = process.prior, process.drift
+        self.prior, self.drift, self.velocity = process.prior, process.drift, process.velocity
 
     def marginal(self, x0, t):
         return Scaled(self.process.marginal(x0, t), self.factor / self.noise**2)
@@ -188,7 +189,7 @@ def test_sde_is_flow_plus_langevin():
     beta = 0.1 + 0.4 * 19.9
     reverse = -0.5 * beta * x - beta * score
     x0 = GMM5.denoiser(VP)(x, t).mean
-    flow = jax.vmap(lambda x, x0: velocity(VP, x, x0, t))(x, x0)
+    flow = jax.vmap(lambda x, x0: VP.velocity(x, x0, t))(x, x0)
     np.testing.assert_allclose(flow - 0.5 * beta * score, reverse, rtol=1e-4, atol=1e-4)
 
 
@@ -211,6 +212,148 @@ def test_reverse_sde_does_not_depend_on_the_batch_around_it():
     np.testing.assert_allclose(
         jd.reverse_sde(VP, denoise, KEY, x[:4], grid), whole[:4], rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.fixture(scope="module")
+def on_one_path():
+    """A function that solves with the same Brownian path every time, and a fine solution of it."""
+    x = start(VP, (200, 2))
+
+    def run(steps, solver, controller=None):
+        return jd.reverse_sde(
+            VP,
+            GMM5.denoiser(VP),
+            KEY,
+            x,
+            jd.grids.uniform(steps, end=1e-3),
+            solver=solver,
+            controller=controller,
+            path_tolerance=2.0**-12,
+            evaluations=True,
+        )
+
+    fine = run(1600, diffrax.ShARK()).x
+    return lambda *a: (e := run(*a)) and (strong_error(e.x, fine), int(e.num_evaluations))
+
+
+def strong_error(x, exact):
+    return float(jnp.median(jnp.linalg.norm(x - exact, axis=1)))
+
+
+def test_refinement_follows_one_brownian_path(on_one_path):
+    """B4, B23: pathwise, Euler–Maruyama is of order 1 here, for the noise is additive (½ is for
+    noise that depends on the state), and ShARK of order 1.5; both tend to the same path."""
+    errors = [on_one_path(n, diffrax.Euler())[0] for n in (50, 100, 200)]
+    slopes = np.diff(np.log2(errors))
+    assert np.all((slopes > -1.25) & (slopes < -0.8)), errors
+    errors = [on_one_path(n, diffrax.ShARK())[0] for n in (25, 50, 100)]
+    assert np.all(np.diff(np.log2(errors)) < -1.3), errors
+
+
+def test_fresh_noise_is_another_path():
+    """Without a tolerance every grid draws its own increments, of the same law."""
+    x, denoise = start(VP, (200, 2)), GMM5.denoiser(VP)
+    coarse, fine = (
+        jd.reverse_sde(VP, denoise, KEY, x, jd.grids.uniform(n, end=1e-3)) for n in (400, 800)
+    )
+    assert strong_error(coarse, fine) > 0.1
+
+
+@pytest.mark.parametrize("solver", [diffrax.SPaRK(), diffrax.ShARK()], ids=named)
+def test_adaptive_sde_needs_fewer_calls(solver, on_one_path, gmm_data, gmm_null):
+    """B23: at equal pathwise error, fewer calls than Euler–Maruyama; tighter is closer."""
+    errors, calls = zip(
+        *(on_one_path(1, solver, adaptive(tol)) for tol in (0.3, 0.1, 0.01)), strict=True
+    )
+    assert errors[0] > errors[1] > errors[2]
+    euler, euler_calls = on_one_path(200, diffrax.Euler())
+    assert errors[1] < 1.1 * euler, (errors, euler)
+    assert calls[1] < 0.75 * euler_calls
+    x = jd.reverse_sde(
+        VP,
+        GMM5.denoiser(VP),
+        KEY,
+        start(VP, (2000, 2)),
+        jd.grids.uniform(1, end=1e-3),
+        solver=solver,
+        controller=adaptive(0.1),
+    )
+    found = gate(x, GMM5, gmm_data)
+    assert passes(found, gmm_null), found
+
+
+def test_noise_may_be_a_window():
+    """η(t) = 0 above a time is the flow down to it; below it the SDE goes on (B21)."""
+    x, denoise = start(VP, (50, 2)), GMM5.denoiser(VP)
+    grid = jd.grids.uniform(100, end=1e-3)
+    window = lambda t: jnp.where(t < 0.5, 1.0, 0.0)
+    states = jd.reverse_sde(VP, denoise, KEY, x, grid, eta=window, trajectory=True)
+    flow = jd.reverse_sde(VP, denoise, KEY, x, grid, eta=0.0, trajectory=True)
+    half = int(jnp.argmin(grid > 0.5))
+    np.testing.assert_allclose(states[: half + 1], flow[: half + 1], rtol=1e-4, atol=1e-4)
+    assert strong_error(states[half + 10], flow[half + 10]) > 0.05
+    rest = jd.reverse_sde(VP, denoise, KEY, states[half], grid[half:])
+    np.testing.assert_allclose(states[-1], rest, rtol=1e-3, atol=1e-3)
+
+
+def test_trajectory_and_final_denoising_of_the_sde():
+    x, denoise = start(VP, (50, 2)), GMM5.denoiser(VP)
+    grid = jd.grids.uniform(50, end=0.1)
+    states = jd.reverse_sde(VP, denoise, KEY, x, grid, trajectory=True)
+    last = jd.reverse_sde(VP, denoise, KEY, x, grid)
+    np.testing.assert_array_equal(states[0], x)
+    np.testing.assert_allclose(states[-1], last, rtol=1e-5, atol=1e-5)
+    half = jd.reverse_sde(VP, denoise, KEY, x, grid[:26])
+    np.testing.assert_allclose(states[25], half, rtol=1e-4, atol=1e-4)
+    found = jd.reverse_sde(VP, denoise, KEY, x, grid, final_denoise=True, evaluations=True)
+    np.testing.assert_allclose(found.x, denoise(last, grid[-1]).mean, rtol=1e-4, atol=1e-4)
+    assert int(found.num_evaluations) == 51
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.0, jnp.float32(0.0)])
+def test_reverse_sde_starts_from_no_signal_at_all(eta):
+    """Where α(1) = 0 the SDE's rates are infinite; it starts along the flow."""
+    process = jd.Gaussian(jd.straight())
+    denoise = GaussianData(process, 0.7, 0.3)
+    grid = jd.grids.uniform(500, end=1e-3)
+    x = jd.reverse_sde(process, denoise, KEY, start(process, (4000, 2)), grid, eta=eta)
+    np.testing.assert_allclose(x.mean(), 0.7, atol=0.02)
+    np.testing.assert_allclose(x.std(), 0.3, atol=0.02)
+
+
+SDE_CALLS = {"Euler": 1, "EulerHeun": 1, "Heun": 2, "SEA": 1, "ShARK": 2, "SRA1": 2, "SPaRK": 3}
+SDE_CALLS |= {"GeneralShARK": 2, "SlowRK": 2}
+
+
+@pytest.mark.parametrize("solver", SDE_SOLVERS, ids=named)
+def test_calls_of_an_sde_solver_are_counted(solver):
+    calls = []
+
+    def denoise(x, t):
+        jax.debug.callback(lambda _: calls.append(None), x[0, 0])
+        return GaussianData(VP, 0.7, 0.3)(x, t)
+
+    x, grid = start(VP, (4, 2)), jd.grids.uniform(10, end=1e-3)
+    found = jd.reverse_sde(VP, denoise, KEY, x, grid, solver=solver, evaluations=True)
+    jax.effects_barrier()
+    assert int(found.num_evaluations) == len(calls) == 10 * SDE_CALLS[named(solver)]
+
+
+def test_langevin_with_momentum_keeps_the_density_and_mends_it():
+    """Its stationary law is p_t; from a state 30 % too wide it comes back within ten steps."""
+    t = jnp.float32(0.5)
+    alpha, sigma = VP.schedule(t)
+    right = GMM5.diffused(alpha, sigma).sample(jax.random.key(4), 4000)
+    centre = right.mean(0)
+    wrong = centre[None] + 1.3 * (right - centre[None])
+    fresh = GMM5.diffused(alpha, sigma).sample(jax.random.key(5), 4000)
+    for solver in (diffrax.ALIGN(), diffrax.ShOULD(), diffrax.QUICSORT()):
+        run = lambda x, solver=solver: underdamped_langevin(
+            VP, GMM5.denoiser(VP), KEY, x, t, steps=10, step_size=0.5, solver=solver
+        )
+        np.testing.assert_allclose(run(right).std(0), fresh.std(0), rtol=0.04)
+        before, after = (energy_distance(x, fresh) for x in (wrong, run(wrong)))
+        assert after < 0.2 * before, (solver, before, after)
 
 
 # Probability flow
@@ -320,6 +463,96 @@ def test_encoding_round_trips(name):
     spread = np.cov(np.asarray(latent).T) / np.sqrt(np.outer(np.diag(cov), np.diag(cov)))
     expected = cov / np.sqrt(np.outer(np.diag(cov), np.diag(cov)))
     np.testing.assert_allclose(spread, expected, atol=3 * np.sqrt(2 / 2000))
+
+
+def test_steps_per_example_do_not_know_of_the_batch():
+    """B22: alone or among others, an example takes the same steps to the same end."""
+    x, denoise = start(VP, (64, 2)), GMM5.denoiser(VP)
+    run = lambda x: jd.probability_flow(
+        VP,
+        denoise,
+        x,
+        1.0,
+        1e-3,
+        per_example=True,
+        controller=diffrax.PIDController(rtol=1e-4, atol=1e-4),
+        evaluations=True,
+    )
+    whole, part = run(x), run(x[:5])
+    np.testing.assert_allclose(whole.x[:5], part.x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(whole.num_evaluations[:5], part.num_evaluations)
+    assert len(np.unique(whole.num_evaluations)) > 3
+    exact = jd.probability_flow(VP, denoise, x, 1.0, 1e-3, controller=adaptive(1e-6))
+    assert strong_error(whole.x, exact) < 1e-3
+
+
+def test_steps_per_example_take_their_own_condition():
+    """Each example of a labelled batch sees its own label."""
+
+    def apply(params, x, level, label):
+        return params * x + label[:, None]
+
+    label = jnp.arange(4.0)
+    denoise = jd.NetDenoiser(jnp.float32(0.3), VP, apply, jd.x0(), {"label": label})
+    x = start(VP, (4, 2))
+    shared, own = (
+        jd.probability_flow(VP, denoise, x, 1.0, 0.1, controller=adaptive(1e-6), per_example=each)
+        for each in (False, True)
+    )
+    np.testing.assert_allclose(own, shared, rtol=1e-4, atol=1e-4)
+
+
+def test_states_on_the_way_come_from_dense_output():
+    x, denoise = start(VP, (50, 2)), GMM5.denoiser(VP)
+    options = {"controller": adaptive(1e-6)}
+    times = jnp.array([0.9, 0.4, 1e-3])
+    states = jd.probability_flow(VP, denoise, x, 1.0, 1e-3, times=times, **options)
+    for t, state in zip(times, states, strict=True):
+        expected = jd.probability_flow(VP, denoise, x, 1.0, t, **options)
+        assert strong_error(state, expected) < 1e-3
+    found = jd.probability_flow(
+        VP, denoise, x, 1.0, 0.2, times=jnp.array([0.5, 0.2]), final_denoise=True, **options
+    )
+    np.testing.assert_allclose(
+        found[1],
+        denoise(jd.probability_flow(VP, denoise, x, 1.0, 0.2, **options), 0.2).mean,
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+@every_schedule
+def test_denoiser_serves_another_process(name):
+    """The exact denoiser of one process, rescaled, is the exact one of every other."""
+    source, target = VP, jd.Gaussian(SCHEDULES[name])
+    rescaled = Rescaled(GMM5.denoiser(source), source, target)
+    lowest, highest = (float(source.log_snr(jnp.float32(t))) for t in (1.0, 1e-4))
+    for t in (0.9, 0.5, 0.1):
+        t = jnp.float32(t)
+        if not lowest < float(target.log_snr(t)) < highest:
+            continue
+        alpha, sigma = target.schedule(t)
+        x = GMM5.diffused(alpha, sigma).sample(KEY, 100)
+        expected = GMM5.denoiser(target)(x, t).mean
+        assert strong_error(rescaled(x, t).mean, expected) < 2e-3
+
+
+def test_flow_on_a_gentler_clock_is_the_same_flow():
+    """B24: in (x/α, σ/α), on EDM's clock, the same x_1 gives the same x_0."""
+    target = jd.Gaussian(jd.edm(2e-3, 100.0))
+    rescaled = Rescaled(GMM5.denoiser(VP), VP, target)
+    s = 0.95
+    level = VP.log_snr(jnp.float32(s))
+    u = time_of_log_snr(target.schedule, level)
+    x = start(VP, (200, 2))
+    options = {"controller": adaptive(1e-6)}
+    ends = [jnp.float32(0.01), None]
+    ends[1] = time_of_log_snr(target.schedule, VP.log_snr(ends[0]))
+    plain = jd.probability_flow(VP, GMM5.denoiser(VP), x, s, ends[0], **options)
+    alpha, _ = VP.schedule(jnp.float32(s))
+    gentle = jd.probability_flow(target, rescaled, x / alpha, u, ends[1], **options)
+    alpha, _ = VP.schedule(ends[0])
+    assert strong_error(alpha * gentle, plain) < 1e-4
 
 
 # Likelihood

@@ -17,6 +17,7 @@ from jaxdiff.metrics.kernel import kernel_distance as kernel_distance
 from jaxdiff.metrics.neighbours import memorisation as memorisation
 from jaxdiff.metrics.neighbours import nearest_distances as nearest_distances
 from jaxdiff.metrics.prdc import prdc as prdc
+from jaxdiff.metrics.sliced import sliced_wasserstein as sliced_wasserstein
 
 __all__ = [
     "Classified",
@@ -31,4 +32,5 @@ __all__ = [
     "memorisation",
     "nearest_distances",
     "prdc",
+    "sliced_wasserstein",
 ]

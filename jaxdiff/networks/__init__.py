@@ -10,6 +10,7 @@ from jaxdiff.networks.embeddings import GaussianFourier as GaussianFourier
 from jaxdiff.networks.embeddings import Sinusoidal as Sinusoidal
 from jaxdiff.networks.embeddings import SmoothFeatures as SmoothFeatures
 from jaxdiff.networks.mlp import MLP as MLP
+from jaxdiff.networks.transformer import Transformer as Transformer
 from jaxdiff.networks.unet import UNet as UNet
 
-__all__ = ["MLP", "GaussianFourier", "Sinusoidal", "SmoothFeatures", "UNet"]
+__all__ = ["MLP", "GaussianFourier", "Sinusoidal", "SmoothFeatures", "Transformer", "UNet"]

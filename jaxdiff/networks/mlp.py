@@ -27,7 +27,7 @@ __all__ = ["MLP"]
 
 
 class MLP(nn.Module):
-    """A residual perceptron: vectors [b, d] -> vectors [b, d], in float32, zero at the start.
+    """A residual perceptron: vectors [b, d] -> vectors [b, n], in float32, zero at the start.
 
     Args:
         width: hidden features.
@@ -41,6 +41,7 @@ class MLP(nn.Module):
         embedding: noise_level [b] -> features [b, n].
         num_classes: number of classes k, or None. Label k, or no label, is the null label.
         dtype: of the computation; parameters and the output stay in float32.
+        out_features: features n of the output; None for as many as the input has.
 
     Raises:
         ValueError: if `depth` is odd or less than 2, or if a label is given to a network without
@@ -61,6 +62,7 @@ class MLP(nn.Module):
     embedding: Callable[[Array], Array] = SmoothFeatures()
     num_classes: int | None = None
     dtype: DTypeLike = jnp.float32
+    out_features: int | None = None
 
     @nn.compact
     def __call__(
@@ -68,8 +70,8 @@ class MLP(nn.Module):
         x: Float[Array, "b d"],
         noise_level: Float[Array, "b"],
         label: Int[Array, "b"] | None = None,
-    ) -> Float[Array, "b d"]:
-        """Return the network's output [b, d]; no label means the null label."""
+    ) -> Float[Array, "b n"]:
+        """Return the network's output [b, n]; no label means the null label."""
         if self.depth < 2 or self.depth % 2:
             raise ValueError(f"depth must be even and at least 2, got {self.depth}")
         condition_width = self.width if self.condition_width is None else self.condition_width
@@ -83,7 +85,8 @@ class MLP(nn.Module):
             r = nn.Dropout(self.dropout)(r, deterministic=not self.has_rng("dropout"))
             h = h + nn.Dense(self.width, dtype=self.dtype)(r)
         wide = jnp.promote_types(jnp.float32, self.dtype)
-        return nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros, dtype=wide)(nn.silu(h))
+        features = x.shape[-1] if self.out_features is None else self.out_features
+        return nn.Dense(features, kernel_init=nn.initializers.zeros, dtype=wide)(nn.silu(h))
 
     def _with_waves(self, x: Float[Array, "b d"]) -> Float[Array, "b n"]:
         if not self.waves:

@@ -144,7 +144,7 @@ class _Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The DDPM++ U-Net: images [b, h, w, c] -> images of the same shape, in float32.
+    """The DDPM++ U-Net: images [b, h, w, c] -> images of the same sides, in float32.
 
     With `UNet(128, (1, 2, 2, 2), 4, attention=(16,), embedding=Sinusoidal(128))` and 32 × 32 × 3
     images it has the 61,804,419 parameters of the published DDPM++.
@@ -161,6 +161,7 @@ class UNet(nn.Module):
         scale_shift: inject the conditioning as scale and shift of a norm (True), or add it (False).
         num_classes: number of classes k, or None. Label k, or no label, is the null label.
         dtype: of the computation; parameters, norms, softmax and the output stay in float32.
+        out_channels: channels of the output; None for as many as the input has.
 
     Raises:
         ValueError: if a side of the images is odd or less than 8, if `heads` does not divide the
@@ -180,12 +181,13 @@ class UNet(nn.Module):
     scale_shift: bool = False
     num_classes: int | None = None
     dtype: DTypeLike = jnp.float32
+    out_channels: int | None = None
 
     @nn.compact
     def __call__(
         self, x: Image, noise_level: Float[Array, "b"], label: Int[Array, "b"] | None = None
-    ) -> Image:
-        """Return the network's output [b, h, w, c]; no label means the null label."""
+    ) -> Float[Array, "b h w c2"]:
+        """Return the network's output [b, h, w, c2]; no label means the null label."""
         self._check(x)
         condition = Conditioning(4 * self.width, self.embedding, self.num_classes, self.dtype)
         c = condition(noise_level, label)
@@ -222,7 +224,8 @@ class UNet(nn.Module):
 
         wide = _wide(self.dtype)
         h = nn.silu(_Norm(wide)(h))
-        return nn.Conv(x.shape[-1], (3, 3), kernel_init=_zeros, dtype=wide)(h)
+        channels_out = x.shape[-1] if self.out_channels is None else self.out_channels
+        return nn.Conv(channels_out, (3, 3), kernel_init=_zeros, dtype=wide)(h)
 
     def _check(self, x: Array) -> None:
         if x.ndim != 4 or any(side < 8 or side % 2 for side in x.shape[1:3]):

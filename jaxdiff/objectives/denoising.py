@@ -9,17 +9,13 @@ has the true score as its minimiser for every weight w > 0, though no score was 
 value is not 0 but the variance that x_t leaves to ε.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff import struct
 from jaxdiff.parameterizations import Apply, Parameterization, predict
-from jaxdiff.processes.base import example_keys
-from jaxdiff.processes.gaussian import Gaussian
+from jaxdiff.processes.base import SDE, example_keys
 from jaxdiff.time_samplers import TimeSampler, uniform
 from jaxdiff.typing import Batch, Key, Metrics, Params
 from jaxdiff.weightings import Weighting, simple
@@ -32,7 +28,7 @@ class Denoising:
     """The denoising loss; see `denoising`."""
 
     apply: Apply = struct.field(pytree_node=False)
-    process: Gaussian
+    process: SDE
     parameterization: Parameterization
     weighting: Weighting
     time_sampler: TimeSampler
@@ -63,7 +59,7 @@ class Denoising:
 
 def denoising(
     apply: Apply,
-    process: Gaussian,
+    process: SDE,
     parameterization: Parameterization,
     *,
     weighting: Weighting = simple,
@@ -94,13 +90,7 @@ def denoising(
         apply=apply,
         process=process,
         parameterization=parameterization,
-        weighting=_as_pytree(weighting),
-        time_sampler=_as_pytree(sampler),
+        weighting=struct.as_pytree(weighting),
+        time_sampler=struct.as_pytree(sampler),
         dropout=dropout,
     )
-
-
-def _as_pytree(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A plain function as a tree without leaves; a pytree as it is."""
-    is_leaf = jax.tree_util.all_leaves([function])
-    return jax.tree_util.Partial(function) if is_leaf else function

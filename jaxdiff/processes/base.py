@@ -7,7 +7,7 @@ these two everything else of a diffusion model is derived, once, for all process
     score            ∇ log p_t(x)  =  marginal(E[x_0 | x], t).score(x)            (Tweedie)
     noise            ε(x, t)       =  marginal(E[x_0 | x], t).noise(x)
     ancestral step   x_s           ~  posterior(x, E[x_0 | x], t, s)
-    velocity         dx/dt         =  d/dt marginal(E[x_0 | x], t).from_noise(ε), both held fixed
+    velocity         dx/dt         =  f − ½ g² score, in the form that the process knows best
 """
 
 from collections.abc import Callable
@@ -15,12 +15,22 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxdiff.distributions import Distribution, GaussianDistribution
 from jaxdiff.typing import Data, Key, Scalar, State, Time
 
-__all__ = ["SDE", "Denoised", "Denoiser", "Process", "example_keys", "score", "velocity"]
+__all__ = [
+    "SDE",
+    "Augmented",
+    "Denoised",
+    "Denoiser",
+    "Process",
+    "along",
+    "example_keys",
+    "noise_rate",
+    "score",
+]
 
 
 class Denoised(NamedTuple):
@@ -77,12 +87,29 @@ class SDE(Protocol):
         """f(x, t)."""
         ...
 
-    def diffusion(self, t: Time) -> State:
-        """g(t), a scalar or of the shape of the state."""
+    def diffusion(self, t: Time) -> Float[Array, "..."]:
+        """g(t): a scalar, or an array whose axes are the first axes of a state."""
+        ...
+
+    def velocity(self, x: State, x0: Float[Array, "..."], t: Time) -> State:
+        """dx/dt = f − ½ g² ∇ log p_t(x) of the probability flow, where E[x_0 | x] = x0."""
         ...
 
 
-def score(process: SDE, x: State, x0: Data, t: Time) -> State:
+@runtime_checkable
+class Augmented(SDE, Protocol):
+    """An SDE whose states [2, …] are the data and a velocity."""
+
+    def augment(self, key: Key, x0: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Joins one point of data with a velocity drawn at t = 0."""
+        ...
+
+    def log_prob_velocity(self, v: Float[Array, "..."]) -> Float[Array, ""]:
+        """The log-density of a velocity at t = 0, in nats."""
+        ...
+
+
+def score(process: SDE, x: State, x0: Float[Array, "..."], t: Time) -> State:
     """∇ₓ log p_t(x) of one state, from its denoised mean (Tweedie's formula).
 
     References: Efron 2011, doi:10.1198/jasa.2011.tm11181, eq. 2.8.
@@ -90,22 +117,19 @@ def score(process: SDE, x: State, x0: Data, t: Time) -> State:
     return process.marginal(x0, t).score(x)
 
 
-def velocity(process: SDE, x: State, x0: Data, t: Time) -> State:
-    """dx/dt of the probability-flow ODE at one state, from its denoised mean.
+def along(g: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A diffusion g(t) with axes of length 1 after its own, so that it multiplies a state x."""
+    return g.reshape(g.shape + (1,) * (x.ndim - g.ndim))
 
-    Both x̂_0 and ε̂ are held fixed and the marginal's path is differentiated in t,
 
-        dx/dt = d/dt [α(t) x̂_0 + σ(t) ε̂] = f(x, t) − ½ g(t)² ∇ log p_t(x),
+def noise_rate(process: SDE, t: Time) -> Float[Array, "..."]:
+    """g(t), or 0 where it is infinite, as it is at α = 0.
 
-    which stays finite where α = 0 and f does not.
-
-    References: Song et al. 2021, arXiv:2011.13456, eq. 13; Song et al. 2020, arXiv:2010.02502,
-        eq. 14.
+    There the reverse SDE has no drift to go by, but the probability flow has, with the same
+    marginals: so that is followed for an instant.
     """
-    noise = process.marginal(x0, t).noise(x)
-    return jax.jvp(lambda t: process.marginal(x0, t).from_noise(noise), (t,), (jnp.ones_like(t),))[
-        1
-    ]
+    g = process.diffusion(t)
+    return jnp.where(jnp.isfinite(g), g, 0.0)
 
 
 def example_keys(key: Key, count: int) -> Key:

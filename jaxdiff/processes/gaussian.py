@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff import schedules, struct
-from jaxdiff.distributions import Normal
-from jaxdiff.processes.base import Denoised
+from jaxdiff.distributions import Normal, root
+from jaxdiff.processes.base import Denoised, Denoiser
 from jaxdiff.schedules import Schedule
 from jaxdiff.typing import Array, Data, State, Time
 
-__all__ = ["Gaussian"]
+__all__ = ["Gaussian", "Rescaled"]
 
 
 @struct.dataclass
@@ -52,7 +52,7 @@ class Gaussian:
         """
         alpha_s, _ = self.schedule(s)
         alpha_t, sigma_t = self.schedule(t)
-        return Normal(alpha_t / alpha_s * x, sigma_t * jnp.sqrt(self._lost(t, s)))
+        return Normal(alpha_t / alpha_s * x, sigma_t * root(self._lost(t, s)))
 
     def posterior(self, x: State, x0: Denoised, t: Time, s: Time) -> Normal:
         """q(x_s | x_t, x_0) for s < t; an uncertain x_0 widens it by the law of total variance.
@@ -75,7 +75,7 @@ class Gaussian:
         of_x = alpha_t / alpha_s * (sigma_s / sigma_t) ** 2
         of_x0 = alpha_s * lost
         var = sigma_s**2 * lost + of_x0**2 * x0.var
-        return Normal(of_x * x + of_x0 * x0.mean, jnp.sqrt(var))
+        return Normal(of_x * x + of_x0 * x0.mean, root(var))
 
     def drift(self, x: State, t: Time) -> State:
         """f(x, t) = x d log α/dt; infinite where α = 0."""
@@ -91,6 +91,22 @@ class Gaussian:
         squared = 2.0 * sigma * (d_sigma - sigma * d_alpha / alpha)
         return jnp.sqrt(jnp.maximum(squared, 0.0))
 
+    def velocity(self, x: State, x0: Data, t: Time) -> State:
+        """dx/dt of the probability flow at one state, from its denoised mean.
+
+        Both x̂_0 and ε̂ are held fixed and the marginal's path is differentiated in t,
+
+            dx/dt = d/dt [α(t) x̂_0 + σ(t) ε̂] = f(x, t) − ½ g(t)² ∇ log p_t(x),
+
+        which stays finite where α = 0 and f does not.
+
+        References: Song et al. 2021, arXiv:2011.13456, eq. 13; Song et al. 2020,
+            arXiv:2010.02502, eq. 14.
+        """
+        noise = self.marginal(x0, t).noise(x)
+        one = jnp.ones_like(t)
+        return jax.jvp(lambda t: self.marginal(x0, t).from_noise(noise), (t,), (one,))[1]
+
     def log_snr(self, t: Time) -> Time:
         """The log signal-to-noise ratio log α²/σ² at t."""
         return schedules.log_snr(self.schedule, t)
@@ -101,3 +117,36 @@ class Gaussian:
     def _lost(self, t: Time, s: Time) -> Time:
         # 1 − SNR(t)/SNR(s), the share of the signal lost between s and t, without cancellation.
         return -jnp.expm1(self.log_snr(t) - self.log_snr(s))
+
+
+@struct.dataclass
+class Rescaled:
+    """A denoiser of one Gaussian process that serves another, without training anew.
+
+    What x_t tells of x_0 depends on its signal-to-noise ratio and not on its scale, so
+
+        x̂_0(y, u) = denoise(c y, t),    SNR(t) = SNR'(u),    c² = (α² + σ²)/(α'² + σ'²),
+
+    with α', σ' of the other process at u. So a solver may run in the variables and on the clock in
+    which the drift is gentlest: with α' = 1 the state is x/α.
+
+    Attributes:
+        denoise: a denoiser of `source`.
+        source: the process that it was made for.
+        target: the process that it is to serve; where its SNR leaves the range of the source's,
+            the source's end is taken.
+
+    References: Karras et al. 2022, arXiv:2206.00364, eq. 4 and appendix B.
+    """
+
+    denoise: Denoiser
+    source: Gaussian
+    target: Gaussian
+
+    def __call__(self, x: State, t: Time) -> Denoised:
+        """The moments of x_0 given x [b, …] of the target process at t."""
+        s = schedules.time_of_log_snr(self.source.schedule, self.target.log_snr(t))
+        alpha, sigma = self.source.schedule(s)
+        own_alpha, own_sigma = self.target.schedule(t)
+        scale = jnp.sqrt((alpha**2 + sigma**2) / (own_alpha**2 + own_sigma**2))
+        return self.denoise(scale * x, s)

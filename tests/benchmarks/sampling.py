@@ -27,6 +27,9 @@ import jaxdiff as jd
 from jaxdiff import networks
 from jaxdiff.experiment import load_config
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.methods import METHODS
+
 
 class Contender(NamedTuple):
     """Something to time.
@@ -121,13 +124,9 @@ def contenders(net, steps: int, batch: int, repeats_of_bare: int) -> dict[str, C
 
     flow = jd.probability_flow(process, denoise, x, 1.0, 1e-3, evaluations=True)
     likelihood = jd.log_likelihood(process, denoise, 0.5 * jnp.tanh(x), key=key, probes=1, t0=1e-3)
-    ddim = jd.DDIM(process)
     return {
         "bare network, in a scan": Contender(lambda: bare(params, x), steps),
         "bare network and jvp, in a scan": Contender(lambda: bare_jvp(params, x), repeats_of_bare),
-        "jd.sample, DDIM": Contender(
-            lambda: jd.sample(ddim, denoise, grid, key, x), steps, "bare network, in a scan", 1.05
-        ),
         "jd.reverse_sde, Euler–Maruyama": Contender(
             lambda: jd.reverse_sde(process, denoise, key, x, grid),
             steps,
@@ -153,8 +152,21 @@ def contenders(net, steps: int, batch: int, repeats_of_bare: int) -> dict[str, C
         "textbook Euler–Maruyama scan": Contender(
             lambda: textbook_euler_maruyama(params, x, key), steps, "bare network, in a scan"
         ),
+        **every_sampler(process, denoise, steps, key, x),
         **rivals(net, params, process, steps, batch, shape),
     }
+
+
+def every_sampler(process, denoise, calls: int, key, x) -> dict[str, Contender]:
+    """All stepping samplers, at as many steps as the calls allow."""
+
+    def contender(method):
+        steps = method.steps(calls)
+        step, grid = method.step(process), jd.grids.uniform(steps)
+        run = lambda: jd.sample(step, denoise, grid, key, x)
+        return Contender(run, method.calls(steps), "bare network, in a scan", 1.05)
+
+    return {f"jd.sample, {name}": contender(method) for name, method in METHODS.items()}
 
 
 def rivals(net, params, process, steps: int, batch: int, shape) -> dict[str, Contender]:
