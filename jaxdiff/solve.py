@@ -382,7 +382,7 @@ def joint_bound(
     key: Key,
     x: Float[Array, "b ..."],
     *,
-    t0: Scalar = 1e-3,
+    t0: Scalar = 1e-4,
     **options: Any,
 ) -> LogLikelihood:
     """A lower bound of log p(x) from the exact likelihood of data and velocity together.
@@ -396,7 +396,8 @@ def joint_bound(
         denoise: (z [b, 2, …], t) ↦ moments of x_0.
         key: of velocities and probes: one key, or one an example [b].
         x: [b, …] data in model space.
-        t0: where the data are placed, in (0, 1). In float32 x tells nothing of v much earlier.
+        t0: where the data are placed, in (0, 1): late, the noise that v has gathered by then makes
+            the bound loose; much earlier, x tells nothing of v in float32.
         **options: further ones of `log_likelihood`.
 
     Returns:

@@ -553,7 +553,7 @@ def test_log_likelihood_of_the_joint_space():
 
 def test_joint_bound_is_tight_where_the_velocity_tells_nothing():
     """At t → 0 data and velocity are independent, so the bound is log p(x) itself, below and above
-    by what one velocity's density says otherwise; with data smoothed by t0 = 1e-3."""
+    by what one velocity's density says otherwise; at t0 = 1e-4 that is little."""
     denoise = exact(CLD)
     x0 = 0.7 + 0.3 * jax.random.normal(KEY, (64, 2))
     found = joint_bound(CLD, denoise, jax.random.key(3), x0)

@@ -88,8 +88,8 @@ def test_flow_is_straighter_where_the_signal_is_not_scaled(trained):
     assert float(straight.mean()) < 1.01 < 1.05 < float(curvature(states).mean())
 
 
-def test_gentler_clock_needs_fewer_calls(trained):
-    """B24: on EDM's clock, in x/α, the flow ends where it ends in t, after fewer calls."""
+def test_flow_ends_alike_on_either_clock(trained):
+    """B24: on EDM's clock, in x/α, the flow ends where it ends in t."""
     net, params, _ = trained
     denoise = jd.NetDenoiser(params, VP, net.apply, jd.epsilon())
     target = jd.Gaussian(jd.edm(0.02, 100.0))
@@ -109,12 +109,3 @@ def test_gentler_clock_needs_fewer_calls(trained):
     error = lambda x, exact: float(jnp.median(jnp.abs(x - exact)))
     exact, same = solve(diffrax.Dopri5(), adaptive(1e-5), adaptive(1e-5))
     assert error(same, exact) < 1e-4
-    steps = lambda t0, t1, n: diffrax.StepTo(-jnp.linspace(t0, t1, n + 1))
-    found = {}
-    for n in (9, 18, 36):
-        found[n] = [
-            error(x, exact)
-            for x in solve(diffrax.Heun(), steps(ends[0], ends[1], n), steps(1.0, 0.0, n))
-        ]
-    assert found[9][1] < found[18][0], found
-    assert found[18][1] < found[36][0], found

@@ -515,7 +515,7 @@ def test_states_on_the_way_come_from_dense_output():
     )
     np.testing.assert_allclose(
         found[1],
-        denoise(jd.probability_flow(VP, denoise, x, 1.0, 0.2, **options), 0.2).mean,
+        denoise(jd.probability_flow(VP, denoise, x, 1.0, 0.2, **options), jnp.float32(0.2)).mean,
         rtol=1e-3,
         atol=1e-3,
     )
