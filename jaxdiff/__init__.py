@@ -48,6 +48,7 @@ from jaxdiff.samplers.euler import EulerMaruyama as EulerMaruyama
 from jaxdiff.samplers.heun import Heun as Heun
 from jaxdiff.samplers.langevin import AnnealedLangevin as AnnealedLangevin
 from jaxdiff.samplers.langevin import Langevin as Langevin
+from jaxdiff.samplers.langevin import UnderdampedLangevin as UnderdampedLangevin
 from jaxdiff.samplers.pndm import PNDM as PNDM
 from jaxdiff.samplers.predictor_corrector import PredictorCorrector as PredictorCorrector
 from jaxdiff.samplers.sscs import SSCS as SSCS
@@ -61,6 +62,7 @@ from jaxdiff.schedules import from_betas as from_betas
 from jaxdiff.schedules import linear_beta as linear_beta
 from jaxdiff.schedules import straight as straight
 from jaxdiff.schedules import subvp as subvp
+from jaxdiff.solve import joint_bound as joint_bound
 from jaxdiff.solve import log_likelihood as log_likelihood
 from jaxdiff.solve import probability_flow as probability_flow
 from jaxdiff.solve import reverse_sde as reverse_sde

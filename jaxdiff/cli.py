@@ -196,7 +196,7 @@ def _draw_samples(
 
 def _draw_trajectory(experiment: Experiment, params: Params, path: Path, *, seed: int) -> None:
     states, times = experiment.trajectory(params, jax.random.key(seed), experiment.shown[1])
-    experiment.draw_trajectory(states, times, path)
+    experiment.draw_trajectory(states, path, times=times.tolist())
     print(f"wrote {path}")
 
 

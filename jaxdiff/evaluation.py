@@ -1,4 +1,4 @@
-"""Evaluation of a model on a data set: likelihood of its images, quality of its samples.
+"""Evaluation of a model on data: their likelihood, and the quality of its samples.
 
 Reports are dictionaries of plain numbers, ready for JSON; figures that mean nothing alone stand
 beside what real data give for the same statistic.
@@ -13,12 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff import metrics
-from jaxdiff.data.images import Images, dequantize, from_model, to_model
-from jaxdiff.processes.base import SDE, Denoiser
-from jaxdiff.solve import log_likelihood
+from jaxdiff.data.images import Images, from_model, to_model
 from jaxdiff.typing import Array, Key
 
-__all__ = ["MOST", "in_chunks", "likelihood_report", "sample_report"]
+__all__ = [
+    "MOST",
+    "density_report",
+    "energy_report",
+    "in_chunks",
+    "likelihood_report",
+    "sample_report",
+]
+
+Estimate = Callable[[Key, Array], Any]
+"""(keys [n], x [n, …]) ↦ an object with .value [n], log p or a bound of it in nats."""
 
 MOST = 5000
 """Images that a statistic quadratic in their number is given."""
@@ -56,55 +64,89 @@ def in_chunks(
 
 
 def likelihood_report(
-    process: SDE,
-    denoise: Denoiser,
-    images: Images,
-    key: Key,
-    *,
-    probes: int | None = 4,
-    size: int = 256,
-    **options: Any,
+    estimate: Estimate, x: Array, key: Key, *, levels: int | None = None, size: int = 256
 ) -> dict[str, Any]:
-    """Negative log-likelihood of uniformly dequantised images, in nats and bits/dim.
+    """Negative log-likelihood of data, or a bound of it, in nats and bits/dim.
 
     Args:
-        process: the forward process.
-        denoise: the model.
-        images: the data, [n, h, w, c].
-        key: of dequantisation noise and probes.
-        probes: Hutchinson probes an image; None for the exact trace.
-        size: images at a time.
-        **options: further options of `log_likelihood`.
+        estimate: (keys [m], x [m, …]) ↦ .value [m] in nats; and, where they apply, .stderr [m] of
+            its probes and .num_evaluations, network calls.
+        x: the data [n, …], n ≥ 2.
+        key: of the estimate's noise.
+        levels: of dequantised data in [−1, 1], the number of grey levels; None for classes, of
+            which `estimate` has the probability.
+        size: examples at a time.
 
     Returns:
-        Means with their standard errors over images, the probes' own mean standard error, and the
+        Means with their standard errors over examples, the probes' own mean standard error, and the
         largest number of network calls of a chunk.
     """
-    noise_key, probe_key = jax.random.split(key)
-
-    def run(keys: Key, x: Array):
-        return log_likelihood(process, denoise, x, key=keys, probes=probes, **options)
-
-    x = dequantize(noise_key, images.x, images.levels)
-    chunks = in_chunks(run, probe_key, len(x), x, size=size)
-    nll = -np.concatenate([chunk.value for chunk in chunks]).astype(np.float64)
-    dim = math.prod(images.x.shape[1:])
+    nll, chunks = _nll(estimate, x, key, size)
+    dim = math.prod(x.shape[1:])
+    bits = nll / (dim * math.log(2.0)) if levels is None else metrics.bits_per_dim(nll, dim, levels)
     mean, stderr = metrics.mean_and_stderr(nll)
-    bits = metrics.bits_per_dim(nll, dim, images.levels)
     bits_mean, bits_stderr = metrics.mean_and_stderr(np.asarray(bits, np.float64))
-    probe_stderr = np.concatenate([chunk.stderr for chunk in chunks])
-    return {
+    report: dict[str, Any] = {
         "nll_nats": mean,
         "nll_nats_stderr": stderr,
         "bits_per_dim": bits_mean,
         "bits_per_dim_stderr": bits_stderr,
-        "dequantisation": "uniform",
-        "levels": images.levels,
-        "probes": probes,
-        "probe_stderr_nats": None if probes == 1 else float(probe_stderr.mean()),
+        "dequantisation": None if levels is None else "uniform",
+        "levels": levels,
         "images": len(nll),
+    }
+    if hasattr(chunks[0], "num_evaluations"):
+        probes = np.concatenate([chunk.stderr for chunk in chunks])
+        report |= {
+            # One probe has no spread to tell its error by.
+            "probe_stderr_nats": float(probes.mean()) if np.isfinite(probes).all() else None,
+            "network_calls": max(int(chunk.num_evaluations) for chunk in chunks),
+        }
+    return report
+
+
+def density_report(
+    estimate: Estimate, density: Any, count: int, key: Key, *, size: int = 1000
+) -> dict[str, Any]:
+    """Negative log-likelihood of fresh points of a known density, in nats, beside its entropy.
+
+    Args:
+        estimate: as in `likelihood_report`.
+        density: with `sample(key, n)`, `log_prob(x)` of one point, and `entropy` in nats.
+        count: number of points, ≥ 2.
+        key: of points and the estimate's noise.
+        size: points at a time.
+
+    Returns:
+        The mean, its excess over the entropy, and the Kullback–Leibler divergence, with standard
+        errors over points, and the largest number of network calls of a chunk.
+    """
+    x = density.sample(key, count)
+    nll, chunks = _nll(estimate, x, key, size)
+    mean, stderr = metrics.mean_and_stderr(nll)
+    # On the same points most of the statistical error cancels.
+    kl, kl_stderr = metrics.mean_and_stderr(
+        nll + np.asarray(jax.vmap(density.log_prob)(x), np.float64)
+    )
+    return {
+        "nll": mean,
+        "nll_stderr": stderr,
+        "entropy": float(density.entropy),
+        "gap": mean - float(density.entropy),
+        "kl": kl,
+        "kl_stderr": kl_stderr,
+        "points": len(nll),
         "network_calls": max(int(chunk.num_evaluations) for chunk in chunks),
     }
+
+
+def energy_report(samples: Array, density: Any, key: Key) -> dict[str, Any]:
+    """Energy distance of samples to as many fresh points of a density, beside its null."""
+    fresh_key, pool_key, null_key = jax.random.split(key, 3)
+    num = len(samples)
+    return _energies(
+        samples, density.sample(fresh_key, num), density.sample(pool_key, 4 * num), null_key
+    )
 
 
 def sample_report(samples: Array, train: Images, test: Images, key: Key) -> dict[str, Any]:
@@ -126,18 +168,29 @@ def sample_report(samples: Array, train: Images, test: Images, key: Key) -> dict
     drawn = np.asarray(to_model(from_model(samples, train.levels), train.levels))
     seen = np.asarray(to_model(train.x[:MOST], train.levels))
     fresh = np.asarray(to_model(test.x[:MOST], test.levels))
+    report = _energies(drawn, fresh, seen, key)
+    if train.label is not None:
+        report |= _classified(seen, train.label[:MOST], drawn, fresh)
+    report["neighbours"] = metrics.memorisation(drawn, seen, fresh)
+    return report
+
+
+def _nll(estimate: Estimate, x: Array, key: Key, size: int) -> tuple[np.ndarray, list[Any]]:
+    """−log p of each example, and what each chunk said."""
+    chunks = in_chunks(estimate, key, len(x), x, size=size)
+    return -np.concatenate([chunk.value for chunk in chunks]).astype(np.float64), chunks
+
+
+def _energies(drawn: Any, fresh: Any, pool: Any, key: Key) -> dict[str, Any]:
+    """Energy distance of samples to fresh data, and that of real data from a pool."""
     energy = metrics.energy_distance(drawn, fresh)
-    null = metrics.energy_null(key, seen, fresh, len(drawn))
-    report: dict[str, Any] = {
+    null = metrics.energy_null(key, pool, fresh, len(drawn))
+    return {
         "samples": len(drawn),
         "energy_distance": energy,
         "energy_null": null,
         "energy_over_null": energy / null,
     }
-    if train.label is not None:
-        report |= _classified(seen, train.label[:MOST], drawn, fresh)
-    report["neighbours"] = metrics.memorisation(drawn, seen, fresh)
-    return report
 
 
 def _classified(seen: Any, labels: Any, drawn: Any, fresh: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Experiment:
         trajectory: (parameters, key, n) ↦ (states [times, n, …] from noise to data, times).
         evaluate: (parameters, key) ↦ a JSON-able report.
         draw: (samples, path), writes a picture.
-        draw_trajectory: (states, times, path), writes a picture.
+        draw_trajectory: (states, path, times=times), writes a picture.
         shown: samples in the pictures of samples and of trajectories.
         intervals: how often `fit` logs, evaluates and saves, by its argument names.
     """
@@ -68,7 +68,7 @@ class Experiment:
     trajectory: Callable[[Params, Key, int], tuple[Array, Array]]
     evaluate: Callable[[Params, Key], dict[str, Any]]
     draw: Callable[[Array, Path], Any]
-    draw_trajectory: Callable[[Array, Array, Path], Any]
+    draw_trajectory: Callable[..., Any]
     shown: tuple[int, int] = (64, 8)
     intervals: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

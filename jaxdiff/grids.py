@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxdiff import struct
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.schedules import time_of_log_snr
 from jaxdiff.typing import Grid
@@ -198,9 +199,9 @@ def check(grid: Grid) -> None:
         raise ValueError(f"grid must be a list of at least two times, got shape {grid.shape}.")
     if isinstance(grid, Tracer):
         return
-    times = np.asarray(grid)
-    if not (np.all(np.diff(times) < 0.0) and times[0] <= 1.0 and times[-1] >= 0.0):
-        raise ValueError(f"grid must fall strictly, from at most 1 to at least 0, got {times}.")
+    times = np.asarray(grid)  # one transfer from the device
+    falls = np.all(np.diff(times) < 0.0) and times[0] <= 1.0 and times[-1] >= 0.0
+    struct.require(falls, f"grid must fall strictly, from at most 1 to at least 0, got {times}.")
 
 
 def _warped(process, steps, start, end, to_zero, warp, log_snr_of) -> Grid:
@@ -208,11 +209,11 @@ def _warped(process, steps, start, end, to_zero, warp, log_snr_of) -> Grid:
     if to_zero and steps < 2:
         raise ValueError(f"steps must be at least 2 for a grid that ends at zero, got {steps}.")
     extremes = jax.vmap(process.log_snr)(jnp.array([start, end]))
-    if not isinstance(extremes, Tracer) and not bool(jnp.all(jnp.isfinite(extremes))):
-        raise ValueError(
-            f"start and end must be times of finite log-SNR, got start={start}, end={end} with "
-            f"log-SNR {extremes}: start below 1 where alpha(1) = 0."
-        )
+    struct.require(
+        jnp.isfinite(extremes),
+        f"start and end must be times of finite log-SNR, got start={start}, end={end} with "
+        f"log-SNR {extremes}: start below 1 where alpha(1) = 0.",
+    )
     ends = warp(extremes)
     levels = jnp.linspace(ends[0], ends[1], steps + (0 if to_zero else 1))
     inner = jax.vmap(lambda level: time_of_log_snr(process.schedule, log_snr_of(level)))(levels)

@@ -24,10 +24,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jaxdiff import grids
+from jaxdiff import grids, struct
 from jaxdiff.compile import jit
 from jaxdiff.processes.base import SDE, Augmented, Denoiser, along, example_keys, noise_rate, score
 from jaxdiff.processes.gaussian import Gaussian
@@ -138,8 +137,8 @@ def reverse_sde(
     """
     grid = jnp.asarray(grid)
     grids.check(grid)
-    if not callable(eta) and not isinstance(eta, Tracer) and not float(eta) >= 0.0:
-        raise ValueError(f"eta must be at least 0, got {eta}.")
+    if not callable(eta):
+        struct.require(eta >= 0.0, f"eta must be at least 0, got {eta}.")
     if path_tolerance is not None and not path_tolerance > 0.0:
         raise ValueError(f"path_tolerance must be positive, got {path_tolerance}.")
     keys = example_keys(key, x.shape[0])
@@ -297,8 +296,9 @@ def log_likelihood(
         arXiv:1810.01367, eq. 7; Song et al. 2021, arXiv:2011.13456, eqs. 39–40.
     """
     t0, t1 = _time("t0", t0), _time("t1", t1)
-    if not isinstance(t0, Tracer) and not isinstance(t1, Tracer) and not 0.0 < t0 < t1:
-        raise ValueError(f"t0 and t1 must satisfy 0 < t0 < t1 <= 1, got t0={t0}, t1={t1}.")
+    struct.require(
+        (t0 > 0.0) & (t0 < t1), f"t0 and t1 must satisfy 0 < t0 < t1 <= 1, got t0={t0}, t1={t1}."
+    )
     solver = diffrax.Dopri5() if solver is None else solver
     controller = adaptive(1e-5) if controller is None else controller
     _check_countable(solver)
@@ -367,8 +367,7 @@ def underdamped_langevin(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
     for name, value in (("step_size", step_size), ("friction", friction)):
-        if not isinstance(value, Tracer) and not float(value) > 0.0:
-            raise ValueError(f"{name} must be positive, got {value}.")
+        struct.require(value > 0.0, f"{name} must be positive, got {value}.")
     keys = example_keys(key, x.shape[0])
     solver = diffrax.ALIGN() if solver is None else solver
     return _underdamped(
@@ -724,8 +723,7 @@ def _worst_example(error) -> Array:
 
 
 def _time(name: str, t: Scalar) -> Time:
-    if not isinstance(t, Tracer) and not 0.0 <= float(t) <= 1.0:
-        raise ValueError(f"{name} must lie in [0, 1], got {t}.")
+    struct.require((t >= 0.0) & (t <= 1.0), f"{name} must lie in [0, 1], got {t}.")
     return jnp.asarray(t, jnp.result_type(float))
 
 

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
-__all__ = ["as_pytree", "dataclass", "field"]
+__all__ = ["as_pytree", "dataclass", "field", "require"]
 
 T = TypeVar("T")
 
@@ -59,3 +61,15 @@ def as_pytree(function: Callable[..., Any]) -> Callable[..., Any]:
     """A plain function as a tree without leaves; a pytree as it is."""
     is_leaf = jax.tree_util.all_leaves([function])
     return jax.tree_util.Partial(function) if is_leaf else function
+
+
+def require(holds: Any, message: str) -> None:
+    """Checks a number, or an array of them, when an object is made from it.
+
+    Under a trace nothing is known, and nothing checked.
+
+    Raises:
+        ValueError: with the message, unless everything in `holds` is true.
+    """
+    if not isinstance(holds, Tracer) and not np.all(holds):
+        raise ValueError(message)

@@ -86,9 +86,13 @@ def experiment(config):
     def evaluate(params, key):
         if config.fault == "evaluate":
             raise ValueError("a bug of the evaluation")
-        likelihood = evaluation.likelihood_report(
-            process, denoiser(params), images("test"), key, probes=1
-        )
+        test = images("test")
+
+        def estimate(keys, x):
+            return jd.log_likelihood(process, denoiser(params), x, key=keys, probes=1)
+
+        x = dequantize(key, test.x, test.levels)
+        likelihood = evaluation.likelihood_report(estimate, x, key, levels=test.levels)
         samples = evaluation.sample_report(
             sample(params, key, 16), images("train"), images("test"), key
         )
@@ -110,9 +114,7 @@ def experiment(config):
         trajectory=trajectory,
         evaluate=evaluate,
         draw=plotting.image_grid,
-        draw_trajectory=lambda states, times, path: plotting.trajectory_grid(
-            states, path, times=times.tolist()
-        ),
+        draw_trajectory=plotting.trajectory_grid,
     )
 '''
 

@@ -48,6 +48,20 @@ SAMPLERS = {
     "ancestral": jd.Ancestral(VP),
     "ddim": jd.DDIM(VP),
     "ddim, noisy": jd.DDIM(VP, eta=0.7),
+    "euler–maruyama": jd.EulerMaruyama(VP),
+    "heun": jd.Heun(VP),
+    "edm": jd.EDMSampler(VP),
+    "edm, churned": jd.EDMSampler(VP, churn=0.2),
+    "pc": jd.PredictorCorrector(jd.Ancestral(VP), jd.Langevin(VP)),
+    "annealed": jd.AnnealedLangevin(VP, steps=2),
+    "switch": jd.switch(jd.EulerMaruyama(VP), jd.DPMSolverPP(VP), 0.5),
+    "dpm-solver-3": jd.DPMSolver(VP, order=3),
+    "dpm-solver++ 2s": jd.DPMSolverPPSingle(VP),
+    "dpm-solver++ 3m": jd.DPMSolverPP(VP, order=3),
+    "sde-dpm-solver++ 2m": jd.DPMSolverPP(VP, eta=1.0),
+    "unipc": jd.UniPC(VP),
+    "deis": jd.DEIS(VP),
+    "pndm": jd.PNDM(VP),
 }
 STEPS = pytest.mark.parametrize("name", SAMPLERS)
 

@@ -23,9 +23,10 @@ from jax.tree_util import Partial
 
 import jaxdiff
 import jaxdiff as jd
-from jaxdiff import parameterizations, schedules
+from jaxdiff import parameterizations, recipes, schedules
 from jaxdiff.data import mixture, toys
 from jaxdiff.distributions import BlockNormal
+from jaxdiff.experiment import load_config
 from jaxdiff.objectives import elbo, improved_ddpm
 from jaxdiff.objectives.d3pm import categorical_bound, masked_cross_entropy
 from jaxdiff.processes import d3pm, linear_sde
@@ -170,6 +171,10 @@ NOUNS = {
     "AnnealedLangevin": _step(lambda n: jd.AnnealedLangevin(VP, snr=0.2 * n, steps=2)),
     "Langevin": Noun(
         lambda n: jd.Langevin(VP, snr=0.2 * n, steps=2),
+        lambda corrector: corrector.correct(KEYS, X, T, denoiser()),
+    ),
+    "UnderdampedLangevin": Noun(
+        lambda n: jd.UnderdampedLangevin(VP, step_size=0.2 * n),
         lambda corrector: corrector.correct(KEYS, X, T, denoiser()),
     ),
     "PredictorCorrector": _step(
@@ -498,7 +503,7 @@ def test_top_level_functions_document_their_arguments():
         doc = inspect.getdoc(function) or ""
         for parameter in inspect.signature(function).parameters:
             if len(inspect.signature(function).parameters) > 2 or "Args:" in doc:
-                assert re.search(rf"^\s*\*?{parameter}: ", doc, re.M), (function, parameter)
+                assert re.search(rf"^\s*\*{{0,2}}{parameter}: ", doc, re.M), (function, parameter)
 
 
 def test_modules_say_what_is_public():
@@ -527,7 +532,25 @@ def test_config_fields_are_documented_and_used(path):
         and isinstance(node.value, ast.Name)
         and node.value.id == "config"
     }
-    assert set(fields) == used
+    assert all(hasattr(load_config(path).Config, name) for name in used)
+    # Of what it inherits, a config may set defaults and leave the use to the options.
+    inherited = {name for base in vars(recipes).values() for name in _fields(base)}
+    assert set(fields) - inherited <= used
+
+
+def test_shared_options_are_documented_and_used():
+    source = inspect.getsource(recipes)
+    for name in {name for base in vars(recipes).values() for name in _fields(base)}:
+        assert re.search(rf"^    {name}: .*\n    \"\"\"", source, re.M), name
+        used = rf"(self|config)\.{name}\b|at_least\(\d, (self|config)[^)]*\"{name}\""
+        elsewhere = "".join(path.read_text() for path in (ROOT / "configs").glob("*.py"))
+        assert re.search(used, source + elsewhere), name
+
+
+def _fields(value):
+    """Of a class of shared options."""
+    ours = inspect.isclass(value) and value.__module__ == recipes.__name__
+    return getattr(value, "__dataclass_fields__", {}) if ours else {}
 
 
 # Imports

@@ -1,6 +1,7 @@
 """Stepping samplers with an exact score: the gate, its mutants, and exact identities."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -135,8 +136,13 @@ def test_point_mass_is_found_in_one_step(name, steps):
     process = jd.Gaussian(SCHEDULES[name])
     x = start(process, (5, 3))
     point = lambda x, t: Denoised(jnp.full_like(x, 0.4))
-    for step in (jd.DDIM(process), jd.DDIM(process, eta=1.0), jd.Ancestral(process)):
-        found = jd.sample(step, point, jd.grids.uniform(steps), KEY, x)
+    runs = [(step, point) for step in (jd.DDIM(process), jd.DDIM(process, eta=1.0))]
+    # Though unsure of x_0 by one unit, the last step of "β" adds no noise.
+    runs += [
+        (jd.Ancestral(process), denoise) for denoise in (point, jd.UnitVariance(process, point))
+    ]
+    for step, denoise in runs:
+        found = jd.sample(step, denoise, jd.grids.uniform(steps), KEY, x)
         # A schedule that starts at σ(0) > 0 leaves that much noise.
         floor = 6 * float(process.schedule(jnp.zeros(()))[1])
         np.testing.assert_allclose(found, 0.4, atol=1e-5 + floor)
@@ -210,6 +216,44 @@ def test_guidance_extrapolates_the_score():
         found = jax.vmap(lambda x, x0: VP.marginal(x0, t).score(x))(x, denoise(x, t).mean)
         expected = (1 + weight) * scores[0] - weight * scores[1]
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (jd.DDIM, {"eta": -0.1}, "eta must be at least 0, got -0.1"),
+        (jd.EulerMaruyama, {"eta": math.nan}, "eta must be at least 0, got nan"),
+        (jd.DPMSolver, {"ratio": 0.0}, r"ratio must lie in \(0, 1\], got 0.0"),
+        (jd.DPMSolverPP, {"eta": -1}, "eta must be at least 0, got -1"),
+        (jd.DPMSolverPPSingle, {"ratio": 1.5}, "ratio must lie in"),
+        (jd.EDMSampler, {"churn": -0.1}, "churn must be at least 0"),
+        (jd.EDMSampler, {"s_min": 2.0, "s_max": 1.0}, r"s_min must lie in \[0, s_max=1.0\], got 2"),
+        (jd.EDMSampler, {"s_noise": -1.0}, "s_noise must be at least 0"),
+        (jd.Langevin, {"snr": 0.0}, "snr must be positive, got 0.0"),
+        (jd.Langevin, {"steps": 0}, "steps must be at least 1, got 0"),
+        (jd.AnnealedLangevin, {"snr": -1.0}, "snr must be positive"),
+        (jd.UnderdampedLangevin, {"friction": 0.0}, "friction must be positive"),
+        (jd.UnderdampedLangevin, {"step_size": 0.0}, "step_size must be positive"),
+        (jd.DDIM, {"eta": jnp.array([0.5, -0.5])}, "eta must be at least 0"),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(VP, **options)
+
+
+def test_an_empty_window_is_refused():
+    with pytest.raises(ValueError, match=r"low must be at most high, got 0.6 and 0.4"):
+        jd.Window(jd.DDIM(VP), jd.DDIM(VP), low=0.6, high=0.4)
+
+
+def test_traced_numbers_are_left_alone():
+    """Inside somebody's jit, and for a batch of samplers."""
+    x, grid = start(VP, (4, 2)), jd.grids.uniform(3)
+    run = lambda eta: jd.sample(jd.DDIM(VP, eta=eta), GMM5.denoiser(VP), grid, KEY, x)
+    etas = jnp.array([0.0, 0.5])
+    np.testing.assert_allclose(jax.jit(run)(etas[1]), run(0.5), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(run)(etas)[1], run(0.5), rtol=1e-5, atol=1e-6)
 
 
 def test_bad_grid_is_refused():

@@ -401,16 +401,19 @@ def test_corrector_mends_a_wrong_marginal(name, corrector_first, gmm_data):
         x = jd.sample(step, denoise, grid, KEY, wide)
         return abs(gate(x if x.ndim == 2 else x[:, 0], GMM5, gmm_data).std - 0.2)
 
-    predictor, corrector = jd.Heun(process), jd.Langevin(process, steps=2)
-    mended = jd.PredictorCorrector(predictor, corrector, corrector_first)
+    predictor = jd.Heun(process)
     assert error(predictor) > 0.03
-    assert error(mended) <= 0.5 * error(predictor)
+    correctors = [jd.Langevin(process, steps=2)]
+    if name != "CLD":  # its noise is no multiple of the identity, as momentum asks here
+        correctors.append(jd.UnderdampedLangevin(process))
+    for corrector in correctors:
+        mended = jd.PredictorCorrector(predictor, corrector, corrector_first)
+        assert error(mended) <= 0.5 * error(predictor), corrector
 
 
 def test_coupled_process_passes_the_gate_by_euler(gmm_data, gmm_null):
     """g(t) of CLD is a pair: noise on the velocity alone, and the same code."""
     process = cld()
-    z = start(process, (2, 2))
     z = jax.vmap(lambda key: process.prior((2, 2)).sample(key))(example_keys(KEY, 2000))
     grid = jd.grids.quadratic(400, end=1e-3)
     x = jd.sample(jd.EulerMaruyama(process), CoupledMixture(process), grid, KEY, z)[:, 0]

@@ -12,7 +12,7 @@ Both take class indices, not one-hot data, and noise them as such: for long sequ
 vocabularies the largest arrays are the network's logits.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +167,8 @@ def masked_cross_entropy(
             [b, *positions, n].
         process: a `D3PM` with the `absorbing` kernel.
         parameterization: what the network is told of the time.
-        t_min: the smallest time, in (0, 1).
+        t_min: the smallest time, in (0, 1). The integral starts there, and leaves out about
+            1 − ᾱ(t_min) of the tokens' cross-entropy.
         dropout: whether to hand the network a "dropout" key (`rngs={"dropout": key}`).
 
     Returns:
@@ -180,13 +181,13 @@ def masked_cross_entropy(
     References: Shi et al. 2024, arXiv:2406.04329; Sahoo et al. 2024, arXiv:2406.07524,
         eq. 10; Kingma et al. 2021, arXiv:2107.00630, appendix I.1 (the spread of t).
     """
-    if not isinstance(process.kernel, AbsorbingKernel):
+    if process.kernel.data_classes == process.kernel.classes:
         raise ValueError(f"process must have the absorbing kernel, got {process.kernel}.")
     if not 0.0 < t_min < 1.0:
         raise ValueError(f"t_min must lie in (0, 1), got {t_min}.")
     return MaskedCrossEntropy(
         apply=apply,
-        kernel=process.kernel,
+        kernel=cast(AbsorbingKernel, process.kernel),
         parameterization=parameterization,
         t_min=t_min,
         dropout=dropout,

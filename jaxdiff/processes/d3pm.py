@@ -27,7 +27,6 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxdiff import struct
@@ -498,11 +497,10 @@ def _check_classes(classes: int) -> None:
 def _checked(keep: Keep) -> Keep:
     """The schedule as a pytree; its values are looked at where they are known (outside of jit)."""
     values = jax.vmap(keep)(jnp.linspace(0.0, 1.0, 101))
-    if not isinstance(values, Tracer) and not (
-        abs(values[0] - 1.0) < 1e-5 and values.min() >= 0.0 and (jnp.diff(values) < 0.0).all()
-    ):
-        raise ValueError(
-            f"keep must fall strictly, from 1 to at least 0, got {values[0]} at t = 0 and "
-            f"{values[-1]} at t = 1."
-        )
+    falls = (jnp.abs(values[0] - 1.0) < 1e-5) & (values.min() >= 0.0) & (jnp.diff(values) < 0.0)
+    struct.require(
+        falls,
+        f"keep must fall strictly, from 1 to at least 0, got {values[0]} at t = 0 and "
+        f"{values[-1]} at t = 1.",
+    )
     return jax.tree_util.Partial(keep) if jax.tree_util.all_leaves([keep]) else keep

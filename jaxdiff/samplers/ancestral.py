@@ -10,6 +10,7 @@ moments of x_0 decide the reverse variance:
 """
 
 import jax
+import jax.numpy as jnp
 
 from jaxdiff import struct
 from jaxdiff.processes.base import Denoised, Denoiser, Process
@@ -23,17 +24,20 @@ __all__ = ["Ancestral", "UnitVariance"]
 class Ancestral:
     """x_s ~ q(x_s | x_t, x_0) averaged over p(x_0 | x_t). One network call a step.
 
-    On a coarse grid this is strided ancestral sampling. A step to σ(s) = 0 returns x̂_0, with the
-    denoiser's own variance if it states one.
+    On a coarse grid this is strided ancestral sampling. A step to s = 0 takes x̂_0 for known, as
+    DDPM does: where σ(0) = 0 it returns x̂_0.
 
     Attributes:
         process: any process.
+        final_noise: whether that last step, too, is drawn with the variance that the denoiser
+            states. Its spread is right then, and its detail noise.
 
     References: Ho et al. 2020, arXiv:2006.11239, algorithm 2; Nichol and Dhariwal 2021,
         arXiv:2102.09672, section 4 (strided).
     """
 
     process: Process
+    final_noise: bool = struct.field(pytree_node=False, default=False)
 
     def init(self, x: State) -> None:
         """Remembers nothing."""
@@ -43,6 +47,8 @@ class Ancestral:
     ) -> tuple[State, None]:
         """Draws x_s [b, …] from the posterior, with one key an example [b]."""
         x0 = denoise(x, t)
+        if not self.final_noise:
+            x0 = Denoised(x0.mean, jnp.where(s > 0.0, x0.var, 0.0))
 
         def draw(key, x, x0):
             return self.process.posterior(x, x0, t, s).sample(key)

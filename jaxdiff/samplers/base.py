@@ -6,7 +6,7 @@ explicit state. `sample` scans it over a time grid in one compiled program.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import equinox.internal as eqxi
 import jax
@@ -22,6 +22,9 @@ __all__ = ["Step", "StepState", "repeat", "run", "sample"]
 
 StepState = Any
 """What a step remembers: a pytree of arrays, fixed in structure and shape."""
+
+Progress = Callable[[Array, Array], Any]
+"""(index of a step, number of steps) ↦ anything, called on the host."""
 
 
 @runtime_checkable
@@ -39,6 +42,38 @@ class Step(Protocol):
         ...
 
 
+@overload
+def sample(
+    step: Step,
+    denoise: Denoiser,
+    grid: Grid,
+    key: Key,
+    x: Float[Array, "b ..."],
+    *,
+    trajectory: bool = ...,
+    x0_hats: Literal[False] = ...,
+    final_denoise: bool = ...,
+    progress: Progress | None = ...,
+    checkpoints: int | None = ...,
+) -> Array: ...
+
+
+@overload
+def sample(
+    step: Step,
+    denoise: Denoiser,
+    grid: Grid,
+    key: Key,
+    x: Float[Array, "b ..."],
+    *,
+    trajectory: bool = ...,
+    x0_hats: Literal[True],
+    final_denoise: bool = ...,
+    progress: Progress | None = ...,
+    checkpoints: int | None = ...,
+) -> tuple[Array, Array]: ...
+
+
 def sample(
     step: Step,
     denoise: Denoiser,
@@ -49,7 +84,7 @@ def sample(
     trajectory: bool = False,
     x0_hats: bool = False,
     final_denoise: bool = False,
-    progress: Callable[[Array, Array], Any] | None = None,
+    progress: Progress | None = None,
     checkpoints: int | None = None,
 ) -> Array | tuple[Array, Array]:
     """Samples by stepping down a time grid, in one compiled scan.
@@ -112,7 +147,13 @@ def run(
 
 
 def repeat(count: int, body: Callable[[Array, State], State], x: State) -> State:
-    """Applies body(index, x) `count` times: the inner loop of a step, compiled once."""
+    """Applies body(index, x) `count` times: the inner loop of a step, compiled once.
+
+    Raises:
+        ValueError: if count < 1.
+    """
+    if count < 1:
+        raise ValueError(f"steps must be at least 1, got {count}.")
     return jax.lax.fori_loop(0, count, body, x)
 
 
@@ -120,7 +161,7 @@ class _Options(NamedTuple):
     trajectory: bool = False
     x0_hats: bool = False
     final_denoise: bool = False
-    progress: Callable[[Array, Array], Any] | None = None
+    progress: Progress | None = None
     checkpoints: int | None = None
 
 

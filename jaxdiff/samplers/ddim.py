@@ -37,6 +37,12 @@ class DDIM:
     process: Gaussian
     eta: Scalar = 0.0
 
+    def __post_init__(self) -> None:
+        struct.require(
+            self.eta >= 0.0,
+            f"eta must be at least 0, got {self.eta}.",
+        )
+
     def init(self, x: State) -> None:
         """Remembers nothing."""
 
@@ -75,6 +81,12 @@ class DDIMInversion:
 
     process: Gaussian
     iterations: int = struct.field(pytree_node=False, default=1)
+
+    def __post_init__(self) -> None:
+        struct.require(
+            self.iterations >= 1,
+            f"iterations must be at least 1, got {self.iterations}.",
+        )
 
     def init(self, x: State) -> None:
         """Remembers nothing."""
@@ -123,8 +135,6 @@ def invert(
 
     References: Song et al. 2020, arXiv:2010.02502, section 5.4.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}.")
     grid = jnp.asarray(grid)
     grids.check(grid)
     step = DDIMInversion(process, iterations)

@@ -95,13 +95,11 @@ class DEIS:
     order: int = struct.field(pytree_node=False, default=3)
     clock: Clock = struct.field(pytree_node=False, default=LOG_RHO)
 
-    def init(self, x: State) -> History:
-        """No values yet.
-
-        Raises:
-            ValueError: unless the order is 1, 2, 3 or 4.
-        """
+    def __post_init__(self) -> None:
         check_order(self.order, (1, 2, 3, 4))
+
+    def init(self, x: State) -> History:
+        """No values yet."""
         return History.empty(x, self.order - 1)
 
     def update(

@@ -76,13 +76,15 @@ class DPMSolver:
     order: int = struct.field(pytree_node=False, default=2)
     ratio: Scalar = 0.5
 
-    def init(self, x: State) -> None:
-        """Remembers nothing.
-
-        Raises:
-            ValueError: unless the order is 1, 2 or 3.
-        """
+    def __post_init__(self) -> None:
         check_order(self.order, (1, 2, 3))
+        struct.require(
+            (self.ratio > 0.0) & (self.ratio <= 1.0),
+            f"ratio must lie in (0, 1], got {self.ratio}.",
+        )
+
+    def init(self, x: State) -> None:
+        """Remembers nothing."""
 
     def update(
         self, key: Key, x: State, state: None, t: Time, s: Time, denoise: Denoiser

@@ -63,13 +63,12 @@ class DPMSolverPP:
     order: int = struct.field(pytree_node=False, default=2)
     eta: Scalar = 0.0
 
-    def init(self, x: State) -> History:
-        """No values yet.
-
-        Raises:
-            ValueError: unless the order is 1, 2 or 3.
-        """
+    def __post_init__(self) -> None:
         check_order(self.order, (1, 2, 3))
+        struct.require(self.eta >= 0.0, f"eta must be at least 0, got {self.eta}.")
+
+    def init(self, x: State) -> History:
+        """No values yet."""
         return History.empty(x, self.order - 1)
 
     def update(
@@ -112,6 +111,16 @@ class DPMSolverPPSingle:
     process: Gaussian
     ratio: Scalar = 0.5
     eta: Scalar = 0.0
+
+    def __post_init__(self) -> None:
+        struct.require(
+            (self.ratio > 0.0) & (self.ratio <= 1.0),
+            f"ratio must lie in (0, 1], got {self.ratio}.",
+        )
+        struct.require(
+            self.eta >= 0.0,
+            f"eta must be at least 0, got {self.eta}.",
+        )
 
     def init(self, x: State) -> None:
         """Remembers nothing."""

@@ -38,6 +38,12 @@ class EulerMaruyama:
     process: SDE
     eta: Scalar = 1.0
 
+    def __post_init__(self) -> None:
+        struct.require(
+            self.eta >= 0.0,
+            f"eta must be at least 0, got {self.eta}.",
+        )
+
     def init(self, x: State) -> None:
         """Remembers nothing."""
 

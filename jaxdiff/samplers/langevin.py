@@ -10,6 +10,7 @@ which divides by nothing, is right at σ = 0, has an ε without unit, and holds 
 Gaussian process and the matrix of a coupled one alike.
 """
 
+import diffrax
 import jax
 import jax.numpy as jnp
 
@@ -17,9 +18,10 @@ from jaxdiff import struct
 from jaxdiff.processes.base import SDE, Denoiser
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.samplers.base import repeat
+from jaxdiff.solve import underdamped_langevin
 from jaxdiff.typing import Key, Scalar, State, Time
 
-__all__ = ["AnnealedLangevin", "Langevin"]
+__all__ = ["AnnealedLangevin", "Langevin", "UnderdampedLangevin"]
 
 
 @struct.dataclass
@@ -48,6 +50,16 @@ class Langevin:
     snr: Scalar = 0.16
     steps: int = struct.field(pytree_node=False, default=1)
 
+    def __post_init__(self) -> None:
+        struct.require(
+            self.snr > 0.0,
+            f"snr must be positive, got {self.snr}.",
+        )
+        struct.require(
+            self.steps >= 1,
+            f"steps must be at least 1, got {self.steps}.",
+        )
+
     def correct(self, key: Key, x: State, t: Time, denoise: Denoiser) -> State:
         """Moves x [b, …] closer to p_t, with one key an example [b]."""
 
@@ -62,6 +74,58 @@ class Langevin:
             return jax.vmap(move)(keys, x, denoise(x, t).mean)
 
         return repeat(self.steps, walk, x)
+
+
+@struct.dataclass
+class UnderdampedLangevin:
+    """A corrector: Langevin dynamics with momentum, by one of diffrax's solvers.
+
+    See `solve.underdamped_langevin`. With `ALIGN` or `ShOULD` it costs steps + 1 network calls, and
+    mends a marginal in fewer than `Langevin`.
+
+    Attributes:
+        process: a Gaussian process.
+        step_size: of the dynamics, > 0; about 1 crosses the noise's own width.
+        friction: > 0; 2 is critical for a Gaussian p_t.
+        steps: their number, ≥ 1.
+        solver: an underdamped Langevin solver of diffrax.
+
+    References: Foster, Lyons and Oberhauser 2021, arXiv:2101.03446.
+    """
+
+    process: Gaussian
+    step_size: Scalar = 0.5
+    friction: Scalar = 2.0
+    steps: int = struct.field(pytree_node=False, default=2)
+    solver: diffrax.AbstractSolver = struct.field(pytree_node=False, default=diffrax.ALIGN())
+
+    def __post_init__(self) -> None:
+        struct.require(
+            self.step_size > 0.0,
+            f"step_size must be positive, got {self.step_size}.",
+        )
+        struct.require(
+            self.friction > 0.0,
+            f"friction must be positive, got {self.friction}.",
+        )
+        struct.require(
+            self.steps >= 1,
+            f"steps must be at least 1, got {self.steps}.",
+        )
+
+    def correct(self, key: Key, x: State, t: Time, denoise: Denoiser) -> State:
+        """Moves x [b, …] closer to p_t, with one key an example [b]."""
+        return underdamped_langevin(
+            self.process,
+            denoise,
+            key,
+            x,
+            t,
+            steps=self.steps,
+            step_size=self.step_size,
+            friction=self.friction,
+            solver=self.solver,
+        )
 
 
 @struct.dataclass
@@ -84,6 +148,16 @@ class AnnealedLangevin:
     process: Gaussian
     snr: Scalar = 0.22
     steps: int = struct.field(pytree_node=False, default=100)
+
+    def __post_init__(self) -> None:
+        struct.require(
+            self.snr > 0.0,
+            f"snr must be positive, got {self.snr}.",
+        )
+        struct.require(
+            self.steps >= 1,
+            f"steps must be at least 1, got {self.steps}.",
+        )
 
     def init(self, x: State) -> None:
         """Remembers nothing."""

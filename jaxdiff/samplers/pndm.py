@@ -49,13 +49,11 @@ class PNDM:
     process: Gaussian
     order: int = struct.field(pytree_node=False, default=4)
 
-    def init(self, x: State) -> History:
-        """No values yet.
-
-        Raises:
-            ValueError: unless the order is 2 or 4.
-        """
+    def __post_init__(self) -> None:
         check_order(self.order, (2, 4))
+
+    def init(self, x: State) -> History:
+        """No values yet."""
         return History.empty(x, self.order - 1)
 
     def update(

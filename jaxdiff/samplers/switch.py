@@ -37,6 +37,12 @@ class Window:
     low: Scalar = 0.0
     high: Scalar = 1.0
 
+    def __post_init__(self) -> None:
+        struct.require(
+            self.low <= self.high,
+            f"low must be at most high, got {self.low} and {self.high}.",
+        )
+
     def init(self, x: State) -> tuple[StepState, StepState]:
         """What both remember."""
         return self.inside.init(x), self.outside.init(x)

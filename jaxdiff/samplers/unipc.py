@@ -71,13 +71,11 @@ class UniPC:
     order: int = struct.field(pytree_node=False, default=2)
     scale: Callable[[Time], Time] = struct.field(pytree_node=False, default=bh2)
 
-    def init(self, x: State) -> Corrected:
-        """No values yet.
-
-        Raises:
-            ValueError: unless the order is 1, 2 or 3.
-        """
+    def __post_init__(self) -> None:
         check_order(self.order, (1, 2, 3))
+
+    def init(self, x: State) -> Corrected:
+        """No values yet."""
         return Corrected(x, jnp.ones((), x.dtype), History.empty(x, self.order))
 
     def update(

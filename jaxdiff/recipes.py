@@ -1,0 +1,404 @@
+"""What the shipped configs share: their options, and all of a run that is not diffusion.
+
+    @dataclass(frozen=True)
+    class Config(TrainingOptions, UNetOptions, ImageOptions):
+        ...                       # further fields, and other defaults
+
+    def experiment(config):
+        ...                       # process, network, objective, sampler, likelihood
+        return image_experiment(config, images, ...)
+
+A config of your own may use them, or not.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from jaxdiff import evaluation, networks, plotting
+from jaxdiff.data.batches import Batches, FreshBatches
+from jaxdiff.data.images import Images, dequantize, load_images
+from jaxdiff.data.toys import TOYS, Toy
+from jaxdiff.experiment import Experiment
+from jaxdiff.training import make_eval_step, warmup_cosine_adam
+from jaxdiff.typing import Array, Key, Objective, Params
+
+__all__ = [
+    "ImageOptions",
+    "MLPOptions",
+    "ToyOptions",
+    "TrainingOptions",
+    "UNetOptions",
+    "at_least",
+    "image_experiment",
+    "open_images",
+    "toy_experiment",
+]
+
+Config = TypeVar("Config", bound="ImageOptions")
+
+Run = Callable[..., Array]
+"""(params, keys [n], **options of `sample`) ↦ samples."""
+
+Splits = Callable[[str], Images]
+"""Name of a split ↦ its images, loaded once."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How parameters are fitted."""
+
+    steps: int = 5000
+    """Updates of the parameters."""
+    batch_size: int = 64
+    """Examples in a batch, over all devices."""
+    learning_rate: float = 2e-3
+    """Highest rate of Adam; warmed up, then lowered along a cosine."""
+    warmup: int = 200
+    """Updates of the warm-up; at most a tenth of all."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema_decay: float = 0.999
+    """Decay of the averaged parameters."""
+    seed: int = 0
+    """Of parameters, data order and noise."""
+
+    def experiment(self, **parts: Any) -> Experiment:
+        """The experiment with these options and the other parts.
+
+        Raises:
+            ValueError: for an option outside its range.
+        """
+        optimizer = warmup_cosine_adam(
+            self.learning_rate,
+            steps=self.steps,
+            warmup=min(self.warmup, self.steps // 10),
+            clip=self.clip,
+        )
+        return Experiment(
+            config=self,
+            optimizer=optimizer,
+            ema_decay=self.ema_decay,
+            steps=self.steps,
+            seed=self.seed,
+            **parts,
+        )
+
+
+@dataclass(frozen=True)
+class UNetOptions:
+    """The size of a U-Net."""
+
+    width: int = 16
+    """Channels of the U-Net's first level."""
+    multipliers: tuple[int, ...] = (1, 2)
+    """Channels of each level over width; each level halves the side."""
+    blocks: int = 1
+    """Residual blocks a level."""
+    attention: tuple[int, ...] = (4,)
+    """Sides, in pixels, of the levels with self-attention."""
+    dropout: float = 0.1
+    """Dropout rate in the residual blocks."""
+
+    def unet(self, **further: Any) -> networks.UNet:
+        """The network, with further attributes of `UNet`.
+
+        Raises:
+            ValueError: for an option outside its range.
+        """
+        at_least(1, self, "width", "blocks")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers must be positive, got {self.multipliers}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
+        return networks.UNet(
+            width=self.width,
+            multipliers=self.multipliers,
+            blocks=self.blocks,
+            attention=self.attention,
+            dropout=self.dropout,
+            **further,
+        )
+
+
+@dataclass(frozen=True)
+class MLPOptions:
+    """The size of a perceptron."""
+
+    width: int = 128
+    """Hidden features of the perceptron."""
+    depth: int = 4
+    """Hidden layers; even."""
+    waves: int = 32
+    """Directions in which the network sees sines and cosines of the state."""
+    wave_std: float = 3.0
+    """Their initial frequencies, in radians per standard deviation of the data."""
+    condition_width: int = 64
+    """Features of the vector that tells the network the noise level."""
+
+    def mlp(self, **further: Any) -> networks.MLP:
+        """The network, with further attributes of `MLP`.
+
+        Raises:
+            ValueError: for an option outside its range.
+        """
+        at_least(1, self, "width", "condition_width")
+        at_least(0, self, "waves")
+        return networks.MLP(
+            width=self.width,
+            depth=self.depth,
+            waves=self.waves,
+            wave_std=self.wave_std,
+            condition_width=self.condition_width,
+            **further,
+        )
+
+
+@dataclass(frozen=True)
+class ToyOptions:
+    """Which density of the plane, and how much of it is judged."""
+
+    dataset: str = "8gaussians"
+    """8gaussians, checkerboard, moons, swissroll, pinwheel, 2spirals, rings or circles."""
+    eval_points: int = 10000
+    """Fresh points whose likelihood is computed."""
+    eval_samples: int = 2000
+    """Samples whose energy distance to as many fresh points is computed."""
+
+    def toy(self) -> Toy:
+        """The density.
+
+        Raises:
+            ValueError: for an option outside its range.
+        """
+        if self.dataset not in TOYS:
+            raise ValueError(f"dataset must be one of {', '.join(TOYS)}, got {self.dataset!r}.")
+        at_least(1, self, "eval_samples")
+        at_least(2, self, "eval_points")
+        return TOYS[self.dataset]
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Which images, and how many of them are judged."""
+
+    dataset: str = "digits"
+    """TFDS name, a folder of PNG or JPEG files, or an .npz file of your own."""
+    shape: tyro.conf.Suppress[tuple[int, int, int] | None] = None
+    """Height, width and channels: read off the data set, and kept with the run."""
+    levels: tyro.conf.Suppress[int | None] = None
+    """Number of grey levels: read off the data set, and kept with the run."""
+    eval_samples: int = 447
+    """Samples whose quality is judged; at most as many as there are training images."""
+    eval_images: int = 1000
+    """Test images whose likelihood is computed, at most."""
+
+
+def open_images(config: Config) -> tuple[Config, Splits, tuple[int, int, int], int]:
+    """Finds the images that a config names; only their shape is looked at, if it is not yet known.
+
+    Returns:
+        The config, nothing left open; the splits; the images' shape and their grey levels.
+
+    Raises:
+        ValueError: for an option outside its range, or a data set that cannot be read.
+    """
+    at_least(1, config, "eval_samples")
+    at_least(2, config, "eval_images")
+    dataset = config.dataset
+    if Path(dataset).exists() and dataset != "digits":
+        dataset = str(Path(dataset).resolve())
+    images = functools.cache(functools.partial(load_images, dataset))
+    shape, levels = config.shape, config.levels
+    if shape is None or levels is None:
+        train = images("train")
+        shape, levels = train.x.shape[1:], train.levels
+    return replace(config, dataset=dataset, shape=shape, levels=levels), images, shape, levels
+
+
+def image_experiment(
+    config: Any,
+    images: Splits,
+    *,
+    loss: Objective,
+    held_out_loss: Objective,
+    run: Run,
+    grid: Array,
+    estimate: Callable[[Params, Key, Array], Any],
+    dequantized: bool = True,
+    further: Mapping[str, Any] | None = None,
+    **parts: Any,
+) -> Experiment:
+    """A run on images: batches, validation, pictures and reports.
+
+    Args:
+        config: `TrainingOptions` and `ImageOptions`, nothing left open.
+        images: its splits.
+        loss: of training, on batches {"x": [b, h, w, c]}.
+        held_out_loss: the same without dropout.
+        run: (params, keys [n], **options of `sample`) ↦ images [n, h, w, c] in model space, or all
+            of the trajectory.
+        grid: its times.
+        estimate: (params, keys [n], x [n, h, w, c]) ↦ log p or a bound of it.
+        dequantized: whether losses and estimate take grey levels as points of [−1, 1], uniform in
+            their cells and drawn anew each time; if not, they take the levels themselves.
+        further: added to the report of the likelihood, when it is made: name ↦ () ↦ value.
+        **parts: `init`, `process` and `denoiser` of `Experiment`.
+
+    Raises:
+        ValueError: for an option outside its range.
+    """
+
+    def continuous(objective: Objective) -> Objective:
+        def of_levels(params, key, batch):
+            level_key, key = jax.random.split(key)
+            x = dequantize(level_key, batch["x"], config.levels)
+            return objective(params, key, batch | {"x": x})
+
+        return of_levels if dequantized else objective
+
+    def estimate_of_levels(params, keys, x):
+        if not dequantized:
+            return estimate(params, keys, x)
+        level_keys, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        return estimate(params, keys, dequantize(level_keys, x, config.levels))
+
+    def batches():
+        train = images("train")
+        if train.x.shape[1:] != config.shape or train.levels != config.levels:
+            raise ValueError(
+                f"dataset {config.dataset} has images of {train.x.shape[1:]} with {train.levels} "
+                f"levels, not of {config.shape} with {config.levels}."
+            )
+        for split in ("validation", "test"):
+            if len(images(split).x) < 2:
+                raise ValueError(f"dataset {config.dataset} has too few images for its {split}.")
+        return Batches({"x": train.x}, config.batch_size, seed=config.seed)
+
+    eval_step = make_eval_step(continuous(held_out_loss))
+
+    def validate(params):
+        held_out = images("validation").x[:1024]
+        return {"loss": float(eval_step(params, jax.random.key(2), {"x": held_out})["loss"])}
+
+    sample, trajectory = _samplers(run, grid, size=256)
+
+    def evaluate(params, key):
+        sample_key, null_key, likelihood_key = jax.random.split(key, 3)
+        train, test = images("train"), images("test")
+        count = min(config.eval_samples, len(train.x), evaluation.MOST)
+        likelihood = evaluation.likelihood_report(
+            functools.partial(estimate_of_levels, params),
+            jnp.asarray(test.x[: config.eval_images], int),
+            likelihood_key,
+            levels=config.levels if dequantized else None,
+        )
+        return {
+            "likelihood": likelihood | {name: get() for name, get in (further or {}).items()},
+            "samples": evaluation.sample_report(
+                sample(params, sample_key, count), train, test, null_key
+            ),
+        }
+
+    return config.experiment(
+        objective=continuous(loss),
+        batches=batches,
+        validate=validate,
+        sample=sample,
+        trajectory=trajectory,
+        evaluate=evaluate,
+        draw=plotting.image_grid,
+        draw_trajectory=plotting.trajectory_grid,
+        **parts,
+    )
+
+
+def toy_experiment(
+    config: Any,
+    toy: Toy,
+    *,
+    objective: Objective,
+    run: Run,
+    grid: Array,
+    estimate: Callable[[Params, Key, Array], Any],
+    **parts: Any,
+) -> Experiment:
+    """A run on fresh points of a density of the plane: batches, validation, pictures and reports.
+
+    Args:
+        config: `TrainingOptions` and `ToyOptions`.
+        toy: the density.
+        objective: the loss, on batches {"x": [b, 2]}.
+        run: (params, keys [n], **options of `sample`) ↦ points [n, 2], or all of the trajectory.
+        grid: its times.
+        estimate: (params, keys [n], x [n, 2]) ↦ log p or a bound of it.
+        **parts: `init`, `process` and `denoiser` of `Experiment`.
+
+    Raises:
+        ValueError: for an option outside its range.
+    """
+    eval_step = make_eval_step(objective)
+    sample, trajectory = _samplers(run, grid, size=1000)
+
+    def validate(params):
+        batch = {"x": toy.sample(jax.random.key(1), 4096)}
+        return {"loss": float(eval_step(params, jax.random.key(2), batch)["loss"])}
+
+    def evaluate(params, key):
+        likelihood_key, sample_key, energy_key = jax.random.split(key, 3)
+        return {
+            "likelihood": evaluation.density_report(
+                functools.partial(estimate, params), toy, config.eval_points, likelihood_key
+            ),
+            "samples": evaluation.energy_report(
+                sample(params, sample_key, config.eval_samples), toy, energy_key
+            ),
+        }
+
+    return config.experiment(
+        objective=objective,
+        batches=lambda: FreshBatches(toy.sample, config.batch_size, seed=config.seed),
+        validate=validate,
+        sample=sample,
+        trajectory=trajectory,
+        evaluate=evaluate,
+        draw=lambda x, path: plotting.points(
+            x, path, reference=toy.sample(jax.random.key(3), 2000)
+        ),
+        draw_trajectory=plotting.point_trajectory,
+        shown=(2000, 1000),
+        intervals={"log_every": 500, "eval_every": 5000, "save_every": 5000},
+        **parts,
+    )
+
+
+def at_least(least: int, config: Any, *names: str) -> None:
+    """Checks fields of a config.
+
+    Raises:
+        ValueError: names the field that is smaller.
+    """
+    for name in names:
+        if (value := getattr(config, name)) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def _samplers(run: Run, grid: Array, size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`sample` and `trajectory` of an experiment."""
+
+    def sample(params, key, num):
+        chunks = evaluation.in_chunks(functools.partial(run, params), key, num, size=size)
+        return jnp.concatenate(chunks)
+
+    def trajectory(params, key, num):
+        states = run(params, jax.random.split(key, num), trajectory=True)
+        frames = jnp.linspace(0, len(grid) - 1, 8).astype(int)
+        return states[frames], grid[frames]
+
+    return sample, trajectory
