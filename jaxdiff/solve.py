@@ -89,6 +89,7 @@ def reverse_sde(
     final_denoise: bool = False,
     evaluations: bool = False,
     adjoint: diffrax.AbstractAdjoint | None = None,
+    progress: diffrax.AbstractProgressMeter | None = None,
 ) -> State | Flow:
     """Samples by solving the reverse-time SDE.
 
@@ -121,6 +122,7 @@ def reverse_sde(
         evaluations: whether to count the network's calls.
         adjoint: how diffrax takes a gradient in reverse; by default `RecursiveCheckpointAdjoint()`,
             whose memory grows with the logarithm of the steps. `checkpoints=k` bounds it.
+        progress: one of diffrax's progress meters, `TqdmProgressMeter()` say.
 
     Returns:
         [b, …] states at grid[-1], or [n + 1, b, …]; with `evaluations`, a `Flow` of them and the
@@ -149,7 +151,8 @@ def reverse_sde(
         "controller": diffrax.StepTo(-grid) if controller is None else controller,
         "max_steps": grid.shape[0] - 1 if controller is None else max_steps,
         "final_denoise": final_denoise,
-        "adjoint": _adjoint(adjoint),
+        "adjoint": adjoint,
+        "progress": progress,
     }
     if isinstance(eta, int | float) and eta == 0 and _solves_odes(solver):
         # Without noise this is the flow, to the last bit.
@@ -191,6 +194,7 @@ def probability_flow(
     max_steps: int = 4096,
     evaluations: bool = False,
     adjoint: diffrax.AbstractAdjoint | None = None,
+    progress: diffrax.AbstractProgressMeter | None = None,
 ) -> State | Flow:
     """Carries states along the probability-flow ODE, in either direction.
 
@@ -215,6 +219,7 @@ def probability_flow(
         adjoint: how diffrax takes a gradient in reverse; by default `RecursiveCheckpointAdjoint()`,
             whose memory grows with the logarithm of the steps. `checkpoints=k` bounds it;
             `BacksolveAdjoint()` stores nothing, and solves the flow backwards instead.
+        progress: one of diffrax's progress meters, `TqdmProgressMeter()` say.
 
     Returns:
         [b, …] states at t1, or [n, b, …] at `times`; with `evaluations`, a `Flow` of states and
@@ -243,7 +248,8 @@ def probability_flow(
         controller=controller,
         final_denoise=final_denoise,
         max_steps=max_steps,
-        adjoint=_adjoint(adjoint),
+        adjoint=adjoint,
+        progress=progress,
     )
     return solution if evaluations else solution.x
 
@@ -381,33 +387,37 @@ def joint_bound(
     key: Key,
     x: Float[Array, "b ..."],
     *,
-    t0: Scalar = 1e-4,
+    t0: Scalar = 3e-3,
     **options: Any,
 ) -> LogLikelihood:
     """A lower bound of log p(x) from the exact likelihood of data and velocity together.
 
         log p(x) ≥ E_{v ~ q} [log p(x, v) − log q(v)],
 
-    where q is the law of the process's initial velocity; one velocity is drawn an example.
+    for any law q; here it is q(v_t | x_0 = x) at t = t0, close to the model's own law of v given x,
+    where the bound is an equality. One velocity is drawn an example.
 
     Args:
         process: a process that augments its data, such as `CLD`.
         denoise: (z [b, 2, …], t) ↦ moments of x_0.
         key: of velocities and probes: one key, or one an example [b].
         x: [b, …] data in model space.
-        t0: where the data are placed, in (0, 1): late, the noise that v has gathered by then makes
-            the bound loose; much earlier, x tells nothing of v in float32.
+        t0: where the data are placed, in (0, 1): late, the model's density is blurred by the noise
+            that x has gathered by then; early, a network must know details as fine as that.
         **options: further ones of `log_likelihood`.
 
     Returns:
         The bound, in nats, with the probes' standard error.
 
-    References: Dockhorn, Vahdat and Kreis 2022, arXiv:2112.07068, appendix B.
+    References: Dockhorn, Vahdat and Kreis 2022, arXiv:2112.07068, appendix B, with t = 0 in q.
     """
     keys = jax.vmap(lambda key: jax.random.split(key))(example_keys(key, x.shape[0]))
-    z = jax.vmap(process.augment)(keys[:, 0], x)
+    t0 = _time("t0", t0)
+    v = jax.vmap(lambda key, x: process.added(x, t0).sample(key))(keys[:, 0], x)
+    z = jnp.stack([x, v], axis=1)
     found = log_likelihood(process, denoise, z, key=keys[:, 1], t0=t0, **options)
-    return found._replace(value=found.value - jax.vmap(process.log_prob_velocity)(z[:, 1]))
+    of_v = jax.vmap(lambda x, v: process.added(x, t0).log_prob(v))(x, v)
+    return found._replace(value=found.value - of_v)
 
 
 def adaptive(tolerance: float) -> diffrax.PIDController:
@@ -448,6 +458,7 @@ def _reverse_sde(
     trajectory,
     final_denoise,
     adjoint,
+    progress,
 ):
     def noise_level(eta: Any, process, t):
         scale: Any = eta(t) if callable(eta) else eta
@@ -495,13 +506,26 @@ def _reverse_sde(
         controller=controller,
         max_steps=max_steps,
         adjoint=adjoint,
+        progress=progress,
     )
     return _finish(denoise, x, grid[-1], calls, final_denoise, trajectory=trajectory)
 
 
 @jit
 def _probability_flow(
-    process, denoise, x, t0, t1, times, *, solver, controller, max_steps, final_denoise, adjoint
+    process,
+    denoise,
+    x,
+    t0,
+    t1,
+    times,
+    *,
+    solver,
+    controller,
+    max_steps,
+    final_denoise,
+    adjoint,
+    progress,
 ):
     sign = _direction(t0, t1)
 
@@ -520,6 +544,7 @@ def _probability_flow(
         controller=controller,
         max_steps=max_steps,
         adjoint=adjoint,
+        progress=progress,
     )
     return _finish(denoise, x, t1, calls, final_denoise, trajectory=times is not None)
 
@@ -610,7 +635,8 @@ def _log_likelihood(
         solver=solver,
         controller=controller,
         max_steps=max_steps,
-        adjoint=diffrax.RecursiveCheckpointAdjoint(),
+        adjoint=None,
+        progress=None,
     )
     prior = jax.vmap(process.prior(x.shape[1:]).log_prob)(latent)
     if probes is None:
@@ -622,7 +648,7 @@ def _log_likelihood(
 
 
 def _solve(
-    terms, y0, t0, t1, args, *, times, solver, controller, max_steps, adjoint
+    terms, y0, t0, t1, args, *, times, solver, controller, max_steps, adjoint, progress
 ) -> tuple[Any, Array]:
     """Solves on an increasing clock from t0 to t1, and counts the calls of the drift."""
     chooses, per_step = _chooses(controller), _calls_per_step(solver)
@@ -638,7 +664,8 @@ def _solve(
         args,
         stepsize_controller=watched,
         saveat=diffrax.SaveAt(t1=times is None, ts=times, controller_state=True),
-        adjoint=adjoint,
+        adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
+        progress_meter=diffrax.NoProgressMeter() if progress is None else progress,
         max_steps=max_steps,
     )
     assert solution.stats is not None
@@ -662,10 +689,6 @@ def _finish(denoise, x, t1, calls, final_denoise, *, trajectory) -> Flow:
 def _direction(t0: Time, t1: Time) -> Time:
     """The sign that makes times from t0 to t1 increase."""
     return jnp.where(t1 < t0, -1.0, 1.0).astype(t0.dtype)
-
-
-def _adjoint(adjoint: diffrax.AbstractAdjoint | None) -> diffrax.AbstractAdjoint:
-    return diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
 
 
 def _chooses(controller: diffrax.AbstractStepSizeController | None) -> bool:

@@ -24,7 +24,6 @@ import jaxdiff as jd
 from jaxdiff.distributions import BlockNormal
 from jaxdiff.networks import MLP, UNet
 from jaxdiff.processes.base import SDE, Augmented, Denoised, Process
-from jaxdiff.solve import joint_bound
 
 KEY = jax.random.key(0)
 CLD = jd.cld()
@@ -312,10 +311,17 @@ def test_posterior_takes_a_variance_for_each_coordinate():
         np.testing.assert_allclose(both.factor[..., i], alone.factor, rtol=1e-5, atol=1e-7)
 
 
+def test_velocity_is_the_marginals():
+    x0, t = jnp.array([0.5, -0.7]), jnp.float32(0.1)
+    joint, velocity = OTHER.marginal(x0, t), OTHER.added(x0, t)
+    np.testing.assert_allclose(velocity.mean, joint.mean[1], rtol=1e-6)
+    np.testing.assert_allclose(velocity.std**2, (joint.factor @ joint.factor.T)[1, 1], rtol=1e-5)
+
+
 def test_density_of_the_starting_velocity():
-    v = jnp.array([0.1, -0.2])
+    v = x0 = jnp.array([0.1, -0.2])
     expected = scipy.stats.norm.logpdf(v, 0.0, (0.3 * 0.7) ** 0.5).sum()
-    np.testing.assert_allclose(OTHER.log_prob_velocity(v), expected, rtol=1e-5)
+    np.testing.assert_allclose(OTHER.added(x0, jnp.float32(0.0)).log_prob(v), expected, rtol=1e-5)
     z = jax.vmap(OTHER.augment, in_axes=(0, None))(jax.random.split(KEY, 50_000), v)
     np.testing.assert_array_equal(z[:, 0], jnp.broadcast_to(v, (50_000, 2)))
     np.testing.assert_allclose(z[:, 1].std(0), (0.3 * 0.7) ** 0.5, rtol=0.015)
@@ -554,15 +560,24 @@ def test_log_likelihood_of_the_joint_space():
     np.testing.assert_allclose(found.value, denoise.log_prob(z, t0), atol=1e-2)
 
 
-def test_joint_bound_is_tight_where_the_velocity_tells_nothing():
-    """At t → 0 data and velocity are independent, so the bound is log p(x) itself, below and above
-    by what one velocity's density says otherwise; at t0 = 1e-4 that is little."""
-    denoise = exact(CLD)
-    x0 = 0.7 + 0.3 * jax.random.normal(KEY, (64, 2))
-    found = joint_bound(CLD, denoise, jax.random.key(3), x0)
+@pytest.mark.parametrize("t0", [1e-3, 3e-3, 1e-2])
+def test_joint_bound_is_tight_early(t0):
+    """Early, what the model knows of v given x is what the process says of it, so the bound is
+    log p(x) itself; what one velocity's density says otherwise, and the blur, grow with t0."""
+    x0 = 0.7 + 0.3 * jax.random.normal(KEY, (256, 2))
+    found = jd.joint_bound(CLD, exact(CLD), jax.random.key(3), x0, t0=t0)
     truth = jax.scipy.stats.norm.logpdf(x0, 0.7, 0.3).sum(1)
-    np.testing.assert_allclose(found.value.mean(), truth.mean(), atol=0.02)
-    np.testing.assert_allclose(found.value, truth, atol=0.2)
+    np.testing.assert_allclose(found.value.mean(), truth.mean(), atol=0.003 + 3 * t0)
+    np.testing.assert_allclose(found.value, truth, atol=0.05 + 50 * t0)
+
+
+def test_joint_bound_is_a_bound():
+    """Late, it is loose, on average below the density of x at that time."""
+    x0, t0 = 0.7 + 0.3 * jax.random.normal(KEY, (256, 2)), jnp.float32(0.2)
+    denoise = exact(CLD)
+    found = jd.joint_bound(CLD, denoise, jax.random.key(3), x0, t0=t0)
+    gap = denoise.log_prob_of_x(x0, t0) - found.value
+    assert float(gap.mean()) > 3 * float(gap.std()) / 16
 
 
 class Still(jd.CLD):

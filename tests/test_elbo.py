@@ -12,7 +12,7 @@ import scipy.stats
 from oracles import SCHEDULES
 
 import jaxdiff as jd
-from jaxdiff.objectives.elbo import discretized_gaussian, elbo
+from jaxdiff.objectives.elbo import discrete_decoder, elbo
 from jaxdiff.processes.base import Denoised
 
 KEY = jax.random.key(0)
@@ -138,7 +138,7 @@ def test_weights_of_the_bound_times_the_noise_error():
 
 def test_discretized_gaussian_is_the_mass_of_the_cells():
     """Against SciPy's normal CDF; it sums to one over the levels, whatever the Gaussian."""
-    levels, decoder = (2 * np.arange(17) + 1) / 17 - 1, discretized_gaussian(17)
+    levels, decoder = (2 * np.arange(17) + 1) / 17 - 1, discrete_decoder(17)
     for mean, std in ((0.1, 0.3), (-0.95, 0.02), (1.3, 1.0), (0.3, 50.0), (2 / 17, 0.1)):
         law = jd.Normal(jnp.float32(mean), std)
         log_mass = np.array([decoder(jnp.float32(level), law) for level in levels])
@@ -151,14 +151,14 @@ def test_discretized_gaussian_is_the_mass_of_the_cells():
 
 def test_discretized_gaussian_never_fails():
     """A point, or a miss by thousands of deviations: finite, with a finite gradient."""
-    decoder = discretized_gaussian(256)
+    decoder = discrete_decoder(256)
     run = lambda mean, std: decoder(jnp.float32(0.5), jd.Normal(mean, std))
     for mean, std in ((0.5, 0.0), (0.1, 0.0), (-1.0, 1e-4), (0.5, 1e3)):
         value, gradient = jax.value_and_grad(run, (0, 1))(jnp.float32(mean), jnp.float32(std))
         assert np.all(np.isfinite([value, *gradient]))
     assert run(jnp.float32(0.5), jnp.float32(0.0)) == 0.0
     np.testing.assert_allclose(
-        discretized_gaussian(256, floor=0.1)(jnp.float32(0.5), jd.Normal(jnp.float32(0.4), 0.0)),
+        discrete_decoder(256, floor=0.1)(jnp.float32(0.5), jd.Normal(jnp.float32(0.4), 0.0)),
         run(jnp.float32(0.4), jnp.float32(0.1)),
     )
 
@@ -177,7 +177,7 @@ def test_bound_of_discrete_data_reaches_their_entropy():
         mean = shares @ levels
         return Denoised(mean[:, None], (shares @ levels**2 - mean**2)[:, None] + 1e-6)
 
-    below, decoder = [], discretized_gaussian(4)
+    below, decoder = [], discrete_decoder(4)
     for steps in (10, 100):
         grid = jd.grids.uniform_log_snr(VP, steps)
         missing = log_mass - np.asarray(elbo(VP, exact, KEY, x0, grid, decoder=decoder).value)
@@ -216,7 +216,7 @@ def test_bound_does_not_depend_on_the_batch_around_it_and_has_a_gradient():
 
     def loss(scale):
         net = lambda x, t: Denoised(scale * x, 0.1 * scale)
-        return elbo(VP, net, KEY, DATA[:6], grid, decoder=discretized_gaussian(17)).value.sum()
+        return elbo(VP, net, KEY, DATA[:6], grid, decoder=discrete_decoder(17)).value.sum()
 
     for value in (0.1, 1.0):
         gradient = jax.grad(loss)(jnp.float32(value))
@@ -229,8 +229,8 @@ def test_bound_does_not_depend_on_the_batch_around_it_and_has_a_gradient():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: discretized_gaussian(1), "levels"),
-        (lambda: discretized_gaussian(17, floor=-1.0), "floor"),
+        (lambda: discrete_decoder(1), "levels"),
+        (lambda: discrete_decoder(17, floor=-1.0), "floor"),
         (lambda: elbo(VP, Exact(VP), KEY, DATA, jnp.array([0.0, 1.0])), "grid"),
     ],
 )

@@ -227,8 +227,8 @@ NOUNS = {
         ),
         lambda objective: objective({"w": jnp.float32(1.0)}, KEY, BATCH)[0],
     ),
-    "DiscretizedGaussian": Noun(
-        lambda n: elbo.discretized_gaussian(17, floor=n),
+    "DiscreteDecoder": Noun(
+        lambda n: elbo.discrete_decoder(17, floor=n),
         lambda decoder: decoder(X[0], jd.Normal(X[1], 0.1)),
     ),
     "Categorical": Noun(

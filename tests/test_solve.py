@@ -310,6 +310,21 @@ def test_trajectory_and_final_denoising_of_the_sde():
     assert int(found.num_evaluations) == 51
 
 
+@pytest.mark.parametrize("solve", ["reverse_sde", "probability_flow"])
+def test_a_solve_reports_its_progress(solve, capfd):
+    x, denoise = start(VP, (4, 2)), GMM5.denoiser(VP)
+    meter = diffrax.TextProgressMeter(0.2)
+    if solve == "reverse_sde":
+        run = lambda **o: jd.reverse_sde(VP, denoise, KEY, x, jd.grids.uniform(20, end=0.1), **o)
+    else:
+        run = lambda **o: jd.probability_flow(VP, denoise, x, 1.0, 0.1, **o)
+    plain = run()
+    assert "%" not in capfd.readouterr().out
+    np.testing.assert_allclose(run(progress=meter), plain, rtol=1e-6)
+    jax.effects_barrier()
+    assert "100.00%" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("eta", [1.0, 0.0, jnp.float32(0.0)])
 def test_reverse_sde_starts_from_no_signal_at_all(eta):
     """Where α(1) = 0 the SDE's rates are infinite; it starts along the flow."""

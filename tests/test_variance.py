@@ -15,7 +15,7 @@ from jaxdiff import networks
 from jaxdiff.data.batches import Batches
 from jaxdiff.data.images import load_images, to_model
 from jaxdiff.metrics import energy_distance
-from jaxdiff.objectives.elbo import discretized_gaussian, elbo
+from jaxdiff.objectives.elbo import discrete_decoder, elbo
 from jaxdiff.objectives.improved_ddpm import improved_ddpm
 from jaxdiff.parameterizations import learned_variance
 from jaxdiff.processes.base import Denoised
@@ -305,7 +305,7 @@ class Digits(NamedTuple):
         second = self.lower.process.posterior(
             jnp.zeros(()), Denoised(jnp.zeros(())), jnp.float32(2 / steps), jnp.float32(1 / steps)
         )
-        decoder = discretized_gaussian(17, floor=float(second.std))
+        decoder = discrete_decoder(17, floor=float(second.std))
         grid = jd.grids.uniform(steps)
         return np.asarray(elbo(VP, denoise, KEY, self.test[:128], grid, decoder=decoder).value)
 
@@ -320,7 +320,7 @@ def digits():
         net.apply,
         VP,
         parameterization,
-        decoder=discretized_gaussian(17),
+        decoder=discrete_decoder(17),
         time_sampler=jd.time_samplers.low_discrepancy(),
     )
     optimizer = warmup_cosine_adam(2e-3, steps=300, warmup=50)

@@ -31,9 +31,9 @@ from jaxdiff.typing import Data, Grid, Key, Scalar, Time
 __all__ = [
     "ELBO",
     "Decoder",
-    "DiscretizedGaussian",
+    "DiscreteDecoder",
     "Divergence",
-    "discretized_gaussian",
+    "discrete_decoder",
     "elbo",
     "log_density",
 ]
@@ -80,8 +80,8 @@ def log_density(x0: Data, last: Distribution) -> Float[Array, ""]:
 
 
 @struct.dataclass
-class DiscretizedGaussian:
-    """The Gaussian's mass in the cell of each level; see `discretized_gaussian`."""
+class DiscreteDecoder:
+    """The Gaussian's mass in the cell of each level; see `discrete_decoder`."""
 
     levels: Scalar
     floor: Scalar
@@ -101,7 +101,7 @@ class DiscretizedGaussian:
         return jnp.sum(log_tail + jnp.log(-jnp.expm1(fraction)))
 
 
-def discretized_gaussian(levels: int, *, floor: float = 0.0) -> DiscretizedGaussian:
+def discrete_decoder(levels: int, *, floor: float = 0.0) -> DiscreteDecoder:
     """A decoder for data of discrete levels: the Gaussian's mass in each level's cell.
 
     Level k of L lies at (2k + 1)/L − 1 and owns the cell of width 2/L around it; the outermost
@@ -123,7 +123,7 @@ def discretized_gaussian(levels: int, *, floor: float = 0.0) -> DiscretizedGauss
         raise ValueError(f"levels must be at least 2, got {levels}.")
     if not floor >= 0.0:
         raise ValueError(f"floor must be at least 0, got {floor}.")
-    return DiscretizedGaussian(levels=levels, floor=floor)
+    return DiscreteDecoder(levels=levels, floor=floor)
 
 
 @struct.dataclass
@@ -193,7 +193,7 @@ def elbo(
             gives a bound. By default that distribution's own log-density at x_0, which needs a
             positive variance: at σ(s) = 0 a denoiser that states one, or else a grid that ends a
             little above 0. Where σ(s) > 0 it takes x_0 for x_s, and the bound is a loose one.
-            `discretized_gaussian` is for levels.
+            `discrete_decoder` is for levels.
 
     Returns:
         The bound and its parts, in nats, [b].

@@ -93,7 +93,7 @@ def improved_ddpm(
         process: the forward process.
         parameterization: `parameterizations.learned_variance(mean, steps=T)`.
         weight: λ ≥ 0, the weight of the bound.
-        decoder: log p(x_0 | x_t) at the first step; `elbo.discretized_gaussian` for levels.
+        decoder: log p(x_0 | x_t) at the first step; `elbo.discrete_decoder` for levels.
         time_sampler: draws t with its 1/r(t); each is moved up to the next multiple of 1/T. By
             default uniform.
         dropout: whether to hand the network a "dropout" key (`rngs={"dropout": key}`).

@@ -100,12 +100,8 @@ class SDE(Protocol):
 class Augmented(SDE, Protocol):
     """An SDE whose states [2, …] are the data and a velocity."""
 
-    def augment(self, key: Key, x0: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Joins one point of data with a velocity drawn at t = 0."""
-        ...
-
-    def log_prob_velocity(self, v: Float[Array, "..."]) -> Float[Array, ""]:
-        """The log-density of a velocity at t = 0, in nats."""
+    def added(self, x0: Float[Array, "..."], t: Time) -> Distribution:
+        """The law of the velocity, q(v_t | x_0), for one point of data."""
         ...
 
 

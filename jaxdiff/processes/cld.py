@@ -135,19 +135,17 @@ class CLD:
 
     def augment(self, key: Key, x0: Data) -> State:
         """z_0 = (x_0, v_0) with v_0 ~ N(0, γM)."""
-        return jnp.stack([x0, self._start(x0).sample(key)])
+        return jnp.stack([x0, self.added(x0, jnp.zeros(())).sample(key)])
 
-    def log_prob_velocity(self, v: Data) -> Float[Array, ""]:
-        """log q(v_0), in nats."""
-        return self._start(v).log_prob(v)
+    def added(self, x0: Data, t: Time) -> Normal:
+        """q(v_t | x_0), the velocity's part of the marginal; at t = 0 it is N(0, γM)."""
+        of_x0, factor = self._marginal(t)
+        return Normal(of_x0[1] * x0, root(jnp.sum(factor[1] ** 2)))
 
     def log_snr(self, t: Time) -> Time:
         """The log signal-to-noise ratio of x_t."""
         of_x0, factor = self._marginal(t)
         return 2.0 * jnp.log(of_x0[0] / factor[0, 0])
-
-    def _start(self, v: Data) -> Normal:
-        return Normal(jnp.zeros_like(v), jnp.sqrt(self.gamma * self.mass))
 
     def _clock(self, t: Time) -> Time:
         """τ = β t/√M."""

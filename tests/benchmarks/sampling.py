@@ -163,7 +163,8 @@ def every_sampler(process, denoise, calls: int, key, x) -> dict[str, Contender]:
     def contender(method):
         steps = method.steps(calls)
         step, grid = method.step(process), jd.grids.uniform(steps)
-        run = lambda: jd.sample(step, denoise, grid, key, x)
+        model = method.model(process, denoise)
+        run = lambda: jd.sample(step, model, grid, key, x)
         return Contender(run, method.calls(steps), "bare network, in a scan", 1.05)
 
     return {f"jd.sample, {name}": contender(method) for name, method in METHODS.items()}
