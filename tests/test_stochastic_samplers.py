@@ -84,12 +84,11 @@ GATED = {
         jd.AnnealedLangevin(VP, steps=20),
         warped(jd.grids.uniform_log_snr, 200, 1e-4),
     ),
+    "switch": (jd.switch(jd.EulerMaruyama(VP), jd.EDMSampler(VP), 0.05), uniform(300)),
 }
 MUTATED = [
     (name, mutant)
-    for name, mutant in itertools.product(
-        ("euler", "heun", "churn", "corrected", "annealed"), MUTANTS
-    )
+    for name, mutant in itertools.product(GATED, MUTANTS)
     if mutant != "no noise" and (name, mutant) not in NO_MISTAKES
 ]
 

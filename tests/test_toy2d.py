@@ -28,7 +28,7 @@ SMALL = toy2d.Config(
     eval_samples=1000,
     sampler_steps=30,
 )
-GAUSSIAN_FIT = 4.2548  # nats: BASELINES, the best Gaussian on 8gaussians
+GAUSSIAN_FIT = 4.2548  # nats: the best Gaussian on 8gaussians
 
 
 @pytest.fixture(scope="module")
