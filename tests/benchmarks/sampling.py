@@ -262,12 +262,8 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    config = load_config(Path(__file__).parents[2] / "configs" / "digits.py").Config()
-    net = networks.UNet(
-        width=config.width,
-        multipliers=config.multipliers,
-        blocks=config.blocks,
-        attention=config.attention,
+    net = (
+        load_config(Path(__file__).parents[2] / "configs" / "digits.py").Config(dropout=0.0).unet()
     )
     entries = contenders(net, options.steps, options.batch, options.steps // 4)
     clock = time.process_time if options.cpu_time else time.perf_counter
