@@ -8,8 +8,8 @@ reads each run's eval.json, prints a line for each and exits with 1 if a gate is
   class between 4 % and 18 %; better than one Gaussian's 2.967 bits/dim (a mixture of five: 2.834);
 * digits as classes: its bound below the independent categorical's 2.397 bits/dim and, the mark, the
   mixture's 2.241; energy distance as above;
-* a toy, by exact likelihood: its negative log-likelihood within 0.035 nats of the entropy (checkerboard and rings 0.09),
-  and not below it by more than three standard errors.
+* a toy, by exact likelihood: its negative log-likelihood within 0.035 nats of the entropy
+  (checkerboard and rings 0.09), and not below it by more than three standard errors.
 """
 
 import argparse
