@@ -31,7 +31,7 @@ PARAMS = {
 }
 
 
-def sde(x, denoise, steps=8, **options):
+def sde(x, denoise, steps=5, **options):
     grid = jd.grids.uniform(steps, end=0.01)
     return jd.reverse_sde(VP, denoise, KEY, x, grid, **options)
 

@@ -261,14 +261,14 @@ def test_fresh_noise_is_another_path():
 
 @pytest.mark.parametrize("solver", [diffrax.SPaRK(), diffrax.ShARK()], ids=named)
 def test_adaptive_sde_needs_fewer_calls(solver, on_one_path, gmm_data, gmm_null):
-    """B23: at equal pathwise error, fewer calls than Euler–Maruyama; tighter is closer."""
+    """B23: tighter is closer; and Euler–Maruyama, of order 1, needs a quarter more calls or worse
+    for the same pathwise error."""
     errors, calls = zip(
         *(on_one_path(1, solver, adaptive(tol)) for tol in (0.3, 0.1, 0.01)), strict=True
     )
     assert errors[0] > errors[1] > errors[2]
-    euler, euler_calls = on_one_path(200, diffrax.Euler())
-    assert errors[1] < 1.1 * euler, (errors, euler)
-    assert calls[1] < 0.75 * euler_calls
+    euler, _ = on_one_path(calls[1], diffrax.Euler())
+    assert errors[1] < 0.8 * euler, (errors, calls, euler)
     x = jd.reverse_sde(
         VP,
         GMM5.denoiser(VP),
