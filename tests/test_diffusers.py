@@ -148,6 +148,14 @@ def test_pndm():
     np.testing.assert_allclose(drive(PNDM(PROCESS), grid), rival.x, atol=1e-4)
 
 
+def test_plms():
+    """The same scheduler without Kutta's steps: the second time comes twice."""
+    rival = diffusers_rival.run(diffusers.PNDMScheduler, 20, DENOISE, X, skip_prk_steps=True)
+    grid = np.append(rival.times[0], rival.times[2:])
+    assert len(grid) == 20
+    np.testing.assert_allclose(drive(PNDM(PROCESS, kutta=False), grid), rival.x, atol=1e-4)
+
+
 @pytest.mark.parametrize("make", [DPMSolver, DPMSolverPPSingle])
 def test_singlestep_solvers(make):
     """Theirs takes its inner call on the grid: r is what the grid makes it."""

@@ -94,6 +94,7 @@ SAMPLERS = {
     "DEIS-4, t": Sampler(lambda p: DEIS(p, order=4, clock=deis.TIME), order=2.9),
     "PNDM-2": Sampler(lambda p: PNDM(p, order=2), 80, (7, 5), 1.8),
     "PNDM-4": Sampler(lambda p: PNDM(p), 80, (15, 11), 2.0),
+    "PNDM, PLMS": Sampler(lambda p: PNDM(p, kutta=False), 80, (7, 5), 1.9),
 }
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 

@@ -32,13 +32,16 @@ class PNDM:
     before that, in the first `order` − 1 steps, a Runge–Kutta step in the same manner:
 
     * order 2, S-PNDM: ⟨ε̂⟩ = (3 ε̂_t − ε̂')/2; 2 calls in the first step (Heun's, of noises);
-    * order 4, F-PNDM: (55, −59, 37, −9)/24; 4 calls in each of the first 3 steps (Kutta's).
+    * order 4, F-PNDM: (55, −59, 37, −9)/24; 4 calls in each of the first 3 steps (Kutta's). Without
+      `kutta` it is PLMS: the first step is Heun's, of 2 calls, and then as many values are used as
+      are known. That is better with few calls.
 
     One call for a step to σ(s) = 0 or from α(t) = 0, which is DDIM's.
 
     Attributes:
         process: the forward process.
         order: 2 or 4, the number of values.
+        kutta: whether order 4 begins with Kutta's steps.
 
     Note: the coefficients are the paper's where the steps are equal; elsewhere they are those of
         Adams and Bashforth for unequal steps.
@@ -48,6 +51,7 @@ class PNDM:
 
     process: Gaussian
     order: int = struct.field(pytree_node=False, default=4)
+    kutta: bool = struct.field(pytree_node=False, default=True)
 
     def __post_init__(self) -> None:
         check_order(self.order, (2, 4))
@@ -64,14 +68,15 @@ class PNDM:
         noise = self.process.marginal(x0, t).noise(x)
         known = state.push(t, noise)
         infinite = is_infinite(self.process, t, s)
-        starting = ~jnp.all(jnp.isfinite(state.clock))
-        kutta = self._heun if self.order == 2 else self._kutta
+        by_heun = self.order == 2 or not self.kutta
+        starting = ~jnp.isfinite(state.clock[0 if by_heun else -1])
+        first = self._heun if by_heun else self._kutta
 
         def multistep():
             return known.combine(weights_over(known.clock, t, jnp.where(infinite, jnp.inf, s)))
 
         average = jax.lax.cond(
-            starting & ~infinite, lambda: kutta(x, x0, noise, t, s, denoise), multistep
+            starting & ~infinite, lambda: first(x, x0, noise, t, s, denoise), multistep
         )
         x = transfer_noise(self.process, x, x0, average, t, s)
         return x, known.latest(self.order - 1)

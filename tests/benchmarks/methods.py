@@ -38,6 +38,7 @@ METHODS = {
     "Heun in t": Method(jd.Heun, two),
     "EDM (Heun in σ/α)": Method(jd.EDMSampler, two),
     "PNDM-2": Method(lambda p: jd.PNDM(p, order=2), lambda steps: steps + 1),
+    "PLMS": Method(lambda p: jd.PNDM(p, kutta=False), lambda steps: steps + min(1, steps - 1)),
     # Kutta's rule in the first three steps, but for one that ends at σ = 0.
     "PNDM-4": Method(jd.PNDM, lambda steps: steps + 3 * min(3, steps - 1)),
     "DEIS-3": Method(lambda p: jd.DEIS(p, order=3)),
