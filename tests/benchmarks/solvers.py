@@ -12,8 +12,8 @@ time and uniform in log-SNR, and the better one is shown (t or λ). The figures:
 * weights: the largest error of a component's share.
 
 Below stand the schedulers of diffusers on the same noise prediction, each on its own spacing. For
-deterministic samplers the median distance to the exact flow follows, at 10 calls and at the times of
-its schedulers. Exits with 1 if ours is further off where the best of diffusers is closest.
+deterministic samplers the median distance to the exact flow follows, at 10 calls and at the times
+of its schedulers. Exits with 1 if ours is further off where the best of diffusers is closest.
 
 With a run, and at most 50 calls, the figures are the energy distance to the test images over its
 null, and the share of samples that a classifier is sure of.
