@@ -122,8 +122,9 @@ class DPMSolver:
             line = jnp.stack([start, half_log_snr(self.process, inner)])
             return weights_over(line, start, half_log_snr(self.process, s), jnp.negative)
 
-        early = time_within(self.process, t, s, self.ratio * 2.0 / 3.0)
-        late = time_within(self.process, t, s, 2.0 / 3.0)
+        fractions = jnp.stack([self.ratio * 2.0 / 3.0, jnp.full_like(t, 2.0 / 3.0)])
+        # Both in one search.
+        early, late = jax.vmap(lambda part: time_within(self.process, t, s, part))(fractions)
         inner = value(transfer(self.process, x, x0, t, early), early)
         inner = value(move(average(early, late), inner, late), late)
         return move(average(late, s), inner, s)
