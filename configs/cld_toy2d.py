@@ -37,15 +37,6 @@ class Config(TrainingOptions, MLPOptions, ToyOptions):
     """Network calls for a sample."""
 
 
-def early(key, process, n):
-    """Times uniform in log t: noise reaches the data late, and their detail is all in early times.
-
-    The factor 1/r(t) is left out, so this is a part of the objective.
-    """
-    u, _ = jd.time_samplers.low_discrepancy()(key, process, n)
-    return 1e-3 ** (1.0 - u), jnp.ones(n)
-
-
 def experiment(config: Config) -> jd.Experiment:
     """Composes the run."""
     at_least(1, config, "sampler_steps")
@@ -61,7 +52,7 @@ def experiment(config: Config) -> jd.Experiment:
         net.apply,
         process,
         parameterization,
-        time_sampler=early,
+        time_sampler=jd.time_samplers.log_uniform(),
     )
 
     def objective(params, key, batch):

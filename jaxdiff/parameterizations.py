@@ -358,8 +358,7 @@ def predict(
     parameterization: Parameterization,
     x: Float[Array, "b ..."],
     t: Float[Array, "b"],
-    condition: Mapping[str, Array],
-    **options: Any,
+    given: Mapping[str, Any],
 ) -> Denoised:
     """Runs the network on a batch, each example at its own time, and reads its output.
 
@@ -370,14 +369,13 @@ def predict(
         parameterization: what the output means.
         x: [b, …] states.
         t: [b] times.
-        condition: further arrays [b, …], given to the network by name.
-        **options: given to the network as they are, `rngs` for example.
+        given: to the network by name: further arrays [b, …], and options such as `rngs`.
 
     Returns:
         The moments of x_0, of the dtype of x whatever the network computes in.
     """
     inputs, level = jax.vmap(lambda x, t: parameterization.inputs(process, x, t))(x, t)
-    out = apply(params, inputs, level, **condition, **options).astype(x.dtype)
+    out = apply(params, inputs, level, **given).astype(x.dtype)
     return jax.vmap(lambda out, x, t: parameterization.denoised(process, out, x, t))(out, x, t)
 
 

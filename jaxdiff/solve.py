@@ -122,6 +122,8 @@ def reverse_sde(
         evaluations: whether to count the network's calls.
         adjoint: how diffrax takes a gradient in reverse; by default `RecursiveCheckpointAdjoint()`,
             whose memory grows with the logarithm of the steps. `checkpoints=k` bounds it.
+            `BacksolveAdjoint(stepsize_controller=diffrax.StepTo(-grid[::-1]))` stores nothing; it
+            wants a `path_tolerance` and a solver of one term, such as `Heun`.
         progress: one of diffrax's progress meters, `TqdmProgressMeter()` say.
 
     Returns:
@@ -213,7 +215,7 @@ def probability_flow(
         per_example: whether each example chooses its own steps: its result then does not depend on
             the batch around it at all, at the cost of waiting for the slowest.
         times: [n] times from t0 towards t1 at which to return the states, by dense output.
-        final_denoise: whether to return x̂_0 at t1, by one more network call.
+        final_denoise: whether to return x̂_0 for the last state, by one more network call.
         max_steps: solver steps after which to give up.
         evaluations: whether to count the network's calls, for explicit Runge–Kutta solvers.
         adjoint: how diffrax takes a gradient in reverse; by default `RecursiveCheckpointAdjoint()`,
@@ -359,7 +361,7 @@ def underdamped_langevin(
         step_size: of τ, > 0; about 1 crosses the noise's own width.
         friction: γ > 0; 2 is critical for a Gaussian p_t.
         solver: one of diffrax's underdamped Langevin solvers; by default `ALIGN`, with steps + 1
-            network calls; `ShOULD` takes as many, `QUICSORT` two a step.
+            network calls; `ShOULD` takes 2 steps + 1, `QUICSORT` 2 steps.
 
     Returns:
         [b, …] states, of the same law where x was of p_t.
@@ -546,7 +548,8 @@ def _probability_flow(
         adjoint=adjoint,
         progress=progress,
     )
-    return _finish(denoise, x, t1, calls, final_denoise, trajectory=times is not None)
+    last = t1 if times is None else times[-1]
+    return _finish(denoise, x, last, calls, final_denoise, trajectory=times is not None)
 
 
 @jit

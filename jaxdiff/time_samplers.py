@@ -20,10 +20,13 @@ from jaxdiff.typing import Key, Scalar
 
 __all__ = [
     "LogNormal",
+    "LogUniform",
     "LowDiscrepancy",
     "TimeSampler",
     "Uniform",
+    "even",
     "log_normal",
+    "log_uniform",
     "low_discrepancy",
     "uniform",
 ]
@@ -66,7 +69,7 @@ class LowDiscrepancy:
 
     def __call__(self, key: Key, process: SDE, n: int) -> Times:
         """(t, 1/r) of a batch."""
-        return _spread(self.t_min, (jax.random.uniform(key) + jnp.arange(n) / n) % 1.0)
+        return _spread(self.t_min, even(key, n))
 
 
 def low_discrepancy(t_min: float = 1e-5) -> LowDiscrepancy:
@@ -82,6 +85,36 @@ def low_discrepancy(t_min: float = 1e-5) -> LowDiscrepancy:
     """
     _check(t_min)
     return LowDiscrepancy(t_min=t_min)
+
+
+@struct.dataclass
+class LogUniform:
+    """log t ~ U[log t_min, 0]."""
+
+    t_min: Scalar
+
+    def __call__(self, key: Key, process: SDE, n: int) -> Times:
+        """(t, 1) of a batch."""
+        return jnp.asarray(self.t_min) ** (1.0 - even(key, n)), jnp.ones(n)
+
+
+def log_uniform(t_min: float = 1e-3) -> LogUniform:
+    """log t ~ U[log t_min, 0], evenly spread over a batch.
+
+    For processes whose noise reaches the data late, such as `CLD`: all their detail lies in early
+    times.
+
+    Args:
+        t_min: the smallest time, in (0, 1).
+
+    Raises:
+        ValueError: unless 0 < t_min < 1.
+
+    Note: as with `log_normal`, the density is part of the objective: the factor that comes with
+        its times is 1.
+    """
+    _check(t_min)
+    return LogUniform(t_min=t_min)
 
 
 @struct.dataclass
@@ -119,6 +152,11 @@ def log_normal(mean: float = -1.2, std: float = 1.2, t_min: float = 1e-5) -> Log
     if not std > 0.0:
         raise ValueError(f"std must be positive, got {std}.")
     return LogNormal(mean=mean, std=std, t_min=t_min)
+
+
+def even(key: Key, n: int) -> Float[Array, "n"]:
+    """Numbers in [0, 1), each uniform, evenly spread: (u + i/n) mod 1."""
+    return (jax.random.uniform(key) + jnp.arange(n) / n) % 1.0
 
 
 def _spread(t_min: Scalar, unit: Float[Array, "n"]) -> Times:

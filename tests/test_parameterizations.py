@@ -155,6 +155,7 @@ def test_p2_without_damping_is_simple_bit_for_bit():
         (lambda: jd.time_samplers.uniform(0.0), "t_min"),
         (lambda: jd.time_samplers.low_discrepancy(1.0), "t_min"),
         (lambda: jd.time_samplers.log_normal(std=0.0), "std"),
+        (lambda: jd.time_samplers.log_uniform(0.0), "t_min"),
     ],
 )
 def test_bad_numbers_are_refused_by_name(make, message):
@@ -175,6 +176,14 @@ def test_low_discrepancy_spreads_each_batch():
     process = jd.Gaussian(SCHEDULES["linear_beta"])
     t, _ = jd.time_samplers.low_discrepancy(1e-5)(jax.random.key(0), process, 64)
     np.testing.assert_allclose(jnp.diff(jnp.sort(t)), 1 / 64, rtol=1e-3)
+
+
+def test_log_uniform_times_are_as_many_in_every_octave():
+    process = jd.Gaussian(SCHEDULES["linear_beta"])
+    t, factor = jd.time_samplers.log_uniform(1e-3)(jax.random.key(0), process, 1000)
+    counts, _ = np.histogram(t, np.geomspace(1e-3, 1.0, 11))
+    np.testing.assert_allclose(counts, 100, atol=1)
+    np.testing.assert_array_equal(factor, 1.0)
 
 
 @pytest.mark.parametrize("schedule", ["edm", "linear_beta", "straight"])

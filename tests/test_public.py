@@ -153,6 +153,7 @@ NOUNS = {
     "MinSNR": _weighting(lambda n: jd.weightings.min_snr(1e-3 * n)),
     "Uniform": _times(lambda n: jd.time_samplers.uniform(0.1 * n)),
     "LowDiscrepancy": _times(lambda n: jd.time_samplers.low_discrepancy(0.1 * n)),
+    "LogUniform": _times(lambda n: jd.time_samplers.log_uniform(0.1 * n)),
     "LogNormal": _times(lambda n: jd.time_samplers.log_normal(-1.0, n)),
     "Normal": Noun(lambda n: jd.Normal(X[0], n), lambda normal: normal.log_prob(X[1])),
     "Gaussian": Noun(

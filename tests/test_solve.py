@@ -355,6 +355,26 @@ def test_calls_of_an_sde_solver_are_counted(solver):
     assert int(found.num_evaluations) == len(calls) == 10 * SDE_CALLS[named(solver)]
 
 
+@pytest.mark.parametrize(
+    ("solver", "expected"),
+    [(diffrax.ALIGN(), 4), (diffrax.ShOULD(), 7), (diffrax.QUICSORT(), 6)],
+    ids=["ALIGN", "ShOULD", "QUICSORT"],
+)
+def test_calls_of_langevin_with_momentum(solver, expected):
+    """As its docstring says, in three steps."""
+    calls = []
+
+    def denoise(x, t):
+        jax.debug.callback(lambda _: calls.append(None), x[0, 0])
+        return GaussianData(VP, 0.7, 0.3)(x, t)
+
+    corrector = jd.UnderdampedLangevin(VP, steps=3, solver=solver)
+    keys, model = jax.random.split(KEY, 4), jax.tree_util.Partial(denoise)
+    jax.block_until_ready(corrector.correct(keys, start(VP, (4, 2)), jnp.float32(0.5), model))
+    jax.effects_barrier()
+    assert len(calls) == expected
+
+
 def test_langevin_with_momentum_keeps_the_density_and_mends_it():
     """Its stationary law is p_t; from a state 30 % too wide it comes back within ten steps."""
     t = jnp.float32(0.5)
@@ -534,6 +554,13 @@ def test_states_on_the_way_come_from_dense_output():
         denoise(jd.probability_flow(VP, denoise, x, 1.0, 0.2, **options), jnp.float32(0.2)).mean,
         rtol=1e-3,
         atol=1e-3,
+    )
+    # Denoised is the last state asked for, at its own time.
+    early = jd.probability_flow(
+        VP, denoise, x, 1.0, 0.2, times=jnp.array([0.5]), final_denoise=True, **options
+    )
+    np.testing.assert_allclose(
+        early[0], denoise(found[0], jnp.float32(0.5)).mean, rtol=1e-3, atol=1e-3
     )
 
 

@@ -20,9 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxdiff import grids, struct
 from jaxdiff.distributions import Categorical
+from jaxdiff.objectives.base import named
 from jaxdiff.parameterizations import Apply
 from jaxdiff.processes.base import Denoised, example_keys
 from jaxdiff.processes.d3pm import D3PM, AbsorbingKernel, Logits
+from jaxdiff.time_samplers import even
 from jaxdiff.typing import Batch, Grid, Key, Metrics, Params, Scalar
 
 __all__ = ["CategoricalBound", "MaskedCrossEntropy", "categorical_bound", "masked_cross_entropy"]
@@ -44,7 +46,7 @@ class CategoricalBound:
         time_key, key = jax.random.split(key)
         tokens = _tokens(batch)
         steps = self.grid.shape[0] - 1
-        index = jnp.floor(steps * _spread(time_key, len(tokens))).astype(int)
+        index = jnp.floor(steps * even(time_key, len(tokens))).astype(int)
         t, s = self.grid[index], self.grid[index + 1]
         noisy, out = _noised(self, params, key, batch, t)
 
@@ -133,7 +135,7 @@ class MaskedCrossEntropy:
         """The loss of each example [b] in nats, and the share of masked tokens."""
         time_key, key = jax.random.split(key)
         tokens = _tokens(batch)
-        t = self.t_min + (1.0 - self.t_min) * _spread(time_key, len(tokens))
+        t = self.t_min + (1.0 - self.t_min) * even(time_key, len(tokens))
         noisy, out = _noised(self, params, key, batch, t)
 
         def parts(tokens, noisy, out, t):
@@ -201,11 +203,6 @@ def _tokens(batch: Batch) -> Int[Array, "b ..."]:
     return tokens.astype(jnp.int32)
 
 
-def _spread(key: Key, n: int) -> Float[Array, "n"]:
-    """Numbers in [0, 1), each uniform, evenly spread: (u + i/n) mod 1."""
-    return (jax.random.uniform(key) + jnp.arange(n) / n) % 1.0
-
-
 def _noised(
     objective: CategoricalBound | MaskedCrossEntropy,
     params: Params,
@@ -218,8 +215,7 @@ def _noised(
     tokens = _tokens(batch)
     keys = example_keys(noise_key, len(tokens))
     noisy = jax.vmap(objective.process.draw)(keys, tokens, t)
-    condition = {name: array for name, array in batch.items() if name != "x"}
-    options = {"rngs": {"dropout": dropout_key}} if objective.dropout else {}
     level = jax.vmap(lambda t: objective.parameterization.noise_level(objective.process, t))(t)
-    out = objective.apply(params, noisy, level, **condition, **options)
+    given = named(batch, dropout_key, objective.dropout)
+    out = objective.apply(params, noisy, level, **given)
     return noisy, out.astype(t.dtype)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff import struct
+from jaxdiff.objectives.base import named
 from jaxdiff.parameterizations import Apply, Parameterization, predict
 from jaxdiff.processes.base import example_keys
 from jaxdiff.processes.cld import CLD
@@ -47,16 +48,13 @@ class HybridScoreMatching:
     def __call__(self, params: Params, key: Key, batch: Batch) -> tuple[Float[Array, "b"], Metrics]:
         """The loss of each example [b], and its unweighted part."""
         x0 = batch["x"]
-        condition = {name: array for name, array in batch.items() if name != "x"}
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
         t, inverse_density = self.time_sampler(time_key, self.process, x0.shape[0])
         keys = example_keys(noise_key, x0.shape[0])
-        options = {"rngs": {"dropout": dropout_key}} if self.dropout else {}
 
         z, target = jax.vmap(self.example)(keys, x0, t)
-        guess = predict(
-            self.apply, params, self.process, self.parameterization, z, t, condition, **options
-        ).mean
+        given = named(batch, dropout_key, self.dropout)
+        guess = predict(self.apply, params, self.process, self.parameterization, z, t, given).mean
 
         def error(z, guess, target, t):
             return jnp.mean((self.process.marginal(guess, t).noise(z)[1] - target) ** 2)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxdiff import struct
+from jaxdiff.objectives.base import named
 from jaxdiff.objectives.elbo import Decoder, log_density
 from jaxdiff.parameterizations import Apply, LearnedVariance, predict
 from jaxdiff.processes.base import Denoised, example_keys
@@ -40,19 +41,16 @@ class ImprovedDDPM:
     def __call__(self, params: Params, key: Key, batch: Batch) -> tuple[Float[Array, "b"], Metrics]:
         """The loss of each example [b], and its two parts."""
         x0 = batch["x"]
-        condition = {name: array for name, array in batch.items() if name != "x"}
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
         times, inverse_density = self.time_sampler(time_key, self.process, x0.shape[0])
         # Times between two steps belong to the later one.
         step = jnp.clip(jnp.ceil(times * self.parameterization.steps), 1.0)
         t, s = step / self.parameterization.steps, (step - 1.0) / self.parameterization.steps
         keys = example_keys(noise_key, x0.shape[0])
-        options = {"rngs": {"dropout": dropout_key}} if self.dropout else {}
 
         x = jax.vmap(lambda key, x0, t: self.process.marginal(x0, t).sample(key))(keys, x0, t)
-        guess = predict(
-            self.apply, params, self.process, self.parameterization, x, t, condition, **options
-        )
+        given = named(batch, dropout_key, self.dropout)
+        guess = predict(self.apply, params, self.process, self.parameterization, x, t, given)
         mse = jax.vmap(self._error)(x, x0, guess.mean, t)
         fixed = Denoised(jax.lax.stop_gradient(guess.mean), guess.var)
         vlb = self.parameterization.steps * jax.vmap(self._bound)(x, x0, fixed, t, s)

@@ -147,13 +147,7 @@ def run(
 
 
 def repeat(count: int, body: Callable[[Array, State], State], x: State) -> State:
-    """Applies body(index, x) `count` times: the inner loop of a step, compiled once.
-
-    Raises:
-        ValueError: if count < 1.
-    """
-    if count < 1:
-        raise ValueError(f"steps must be at least 1, got {count}.")
+    """Applies body(index, x) `count` times: the inner loop of a step, compiled once."""
     return jax.lax.fori_loop(0, count, body, x)
 
 

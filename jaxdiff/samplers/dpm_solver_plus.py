@@ -117,10 +117,7 @@ class DPMSolverPPSingle:
             (self.ratio > 0.0) & (self.ratio <= 1.0),
             f"ratio must lie in (0, 1], got {self.ratio}.",
         )
-        struct.require(
-            self.eta >= 0.0,
-            f"eta must be at least 0, got {self.eta}.",
-        )
+        struct.require(self.eta >= 0.0, f"eta must be at least 0, got {self.eta}.")
 
     def init(self, x: State) -> None:
         """Remembers nothing."""

@@ -48,18 +48,12 @@ class EDMSampler:
     s_noise: Scalar = 1.0
 
     def __post_init__(self) -> None:
-        struct.require(
-            self.churn >= 0.0,
-            f"churn must be at least 0, got {self.churn}.",
-        )
+        struct.require(self.churn >= 0.0, f"churn must be at least 0, got {self.churn}.")
         struct.require(
             (self.s_min >= 0.0) & (self.s_min <= self.s_max),
             f"s_min must lie in [0, s_max={self.s_max}], got {self.s_min}.",
         )
-        struct.require(
-            self.s_noise >= 0.0,
-            f"s_noise must be at least 0, got {self.s_noise}.",
-        )
+        struct.require(self.s_noise >= 0.0, f"s_noise must be at least 0, got {self.s_noise}.")
 
     def init(self, x: State) -> None:
         """Remembers nothing."""

@@ -39,10 +39,7 @@ class EulerMaruyama:
     eta: Scalar = 1.0
 
     def __post_init__(self) -> None:
-        struct.require(
-            self.eta >= 0.0,
-            f"eta must be at least 0, got {self.eta}.",
-        )
+        struct.require(self.eta >= 0.0, f"eta must be at least 0, got {self.eta}.")
 
     def init(self, x: State) -> None:
         """Remembers nothing."""

@@ -51,14 +51,8 @@ class Langevin:
     steps: int = struct.field(pytree_node=False, default=1)
 
     def __post_init__(self) -> None:
-        struct.require(
-            self.snr > 0.0,
-            f"snr must be positive, got {self.snr}.",
-        )
-        struct.require(
-            self.steps >= 1,
-            f"steps must be at least 1, got {self.steps}.",
-        )
+        struct.require(self.snr > 0.0, f"snr must be positive, got {self.snr}.")
+        struct.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}.")
 
     def correct(self, key: Key, x: State, t: Time, denoise: Denoiser) -> State:
         """Moves x [b, …] closer to p_t, with one key an example [b]."""
@@ -80,8 +74,8 @@ class Langevin:
 class UnderdampedLangevin:
     """A corrector: Langevin dynamics with momentum, by one of diffrax's solvers.
 
-    See `solve.underdamped_langevin`. With `ALIGN` or `ShOULD` it costs steps + 1 network calls, and
-    mends a marginal in fewer than `Langevin`.
+    See `solve.underdamped_langevin`. With `ALIGN` it costs steps + 1 network calls, and mends a
+    marginal in fewer than `Langevin`.
 
     Attributes:
         process: a Gaussian process.
@@ -104,14 +98,8 @@ class UnderdampedLangevin:
             self.step_size > 0.0,
             f"step_size must be positive, got {self.step_size}.",
         )
-        struct.require(
-            self.friction > 0.0,
-            f"friction must be positive, got {self.friction}.",
-        )
-        struct.require(
-            self.steps >= 1,
-            f"steps must be at least 1, got {self.steps}.",
-        )
+        struct.require(self.friction > 0.0, f"friction must be positive, got {self.friction}.")
+        struct.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}.")
 
     def correct(self, key: Key, x: State, t: Time, denoise: Denoiser) -> State:
         """Moves x [b, …] closer to p_t, with one key an example [b]."""
@@ -150,14 +138,8 @@ class AnnealedLangevin:
     steps: int = struct.field(pytree_node=False, default=100)
 
     def __post_init__(self) -> None:
-        struct.require(
-            self.snr > 0.0,
-            f"snr must be positive, got {self.snr}.",
-        )
-        struct.require(
-            self.steps >= 1,
-            f"steps must be at least 1, got {self.steps}.",
-        )
+        struct.require(self.snr > 0.0, f"snr must be positive, got {self.snr}.")
+        struct.require(self.steps >= 1, f"steps must be at least 1, got {self.steps}.")
 
     def init(self, x: State) -> None:
         """Remembers nothing."""
