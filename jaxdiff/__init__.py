@@ -1,6 +1,8 @@
 """Score-based diffusion in JAX and Flax: the public names."""
 
 from jaxdiff import grids as grids
+from jaxdiff import latents as latents
+from jaxdiff import likelihood as likelihood
 from jaxdiff import parameterizations as parameterizations
 from jaxdiff import schedules as schedules
 from jaxdiff import time_samplers as time_samplers
@@ -9,12 +11,23 @@ from jaxdiff.distributions import Categorical as Categorical
 from jaxdiff.distributions import Normal as Normal
 from jaxdiff.experiment import Experiment as Experiment
 from jaxdiff.guidance.cfg import CFG as CFG
+from jaxdiff.latents import decode as decode
+from jaxdiff.latents import encode as encode
+from jaxdiff.latents import interpolate as interpolate
+from jaxdiff.latents import slerp as slerp
+from jaxdiff.likelihood import joint_bound as joint_bound
+from jaxdiff.likelihood import log_likelihood as log_likelihood
 from jaxdiff.objectives.d3pm import categorical_bound as categorical_bound
 from jaxdiff.objectives.d3pm import masked_cross_entropy as masked_cross_entropy
 from jaxdiff.objectives.denoising import denoising as denoising
 from jaxdiff.objectives.elbo import elbo as elbo
 from jaxdiff.objectives.hybrid_score_matching import hybrid_score_matching as hybrid_score_matching
 from jaxdiff.objectives.improved_ddpm import improved_ddpm as improved_ddpm
+from jaxdiff.objectives.score_matching import (
+    implicit_score_matching as implicit_score_matching,
+)
+from jaxdiff.objectives.score_matching import sliced_score_matching as sliced_score_matching
+from jaxdiff.objectives.vdm import vdm as vdm
 from jaxdiff.parameterizations import NetDenoiser as NetDenoiser
 from jaxdiff.parameterizations import epsilon as epsilon
 from jaxdiff.parameterizations import learned_variance as learned_variance
@@ -59,11 +72,10 @@ from jaxdiff.schedules import cosine as cosine
 from jaxdiff.schedules import edm as edm
 from jaxdiff.schedules import exploding as exploding
 from jaxdiff.schedules import from_betas as from_betas
+from jaxdiff.schedules import learned_gamma as learned_gamma
 from jaxdiff.schedules import linear_beta as linear_beta
 from jaxdiff.schedules import straight as straight
 from jaxdiff.schedules import subvp as subvp
-from jaxdiff.solve import joint_bound as joint_bound
-from jaxdiff.solve import log_likelihood as log_likelihood
 from jaxdiff.solve import probability_flow as probability_flow
 from jaxdiff.solve import reverse_sde as reverse_sde
 from jaxdiff.training import make_train_step as make_train_step

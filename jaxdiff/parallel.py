@@ -5,8 +5,9 @@ shardings inserts the one all-reduce of the gradients. The axes are of type Auto
 axes, now the default of `jax.make_mesh`, some gradients and diffrax's error norm do not trace.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -14,7 +15,16 @@ from jax.sharding import PartitionSpec as P
 
 from jaxdiff.typing import Batch
 
-__all__ = ["check_divisible", "data_mesh", "replicate", "shard_batch", "start_distributed"]
+__all__ = [
+    "check_divisible",
+    "data_mesh",
+    "per_shard",
+    "replicate",
+    "shard_batch",
+    "start_distributed",
+]
+
+T = TypeVar("T")
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -112,3 +122,45 @@ def start_distributed(
     jax.distributed.initialize(
         coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout_seconds
     )
+
+
+def per_shard(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
+    """Runs a function of examples on every device of a mesh, each with its own and by itself.
+
+    A solver with adaptive steps that is only jitted over a mesh compares errors over all devices in
+    every step. Under `jax.shard_map` each device takes its own steps, and none waits for another:
+
+        def one(denoise, keys, x):
+            return jd.log_likelihood(process, denoise, x, key=keys, probes=1)
+
+        found = per_shard(one, mesh)(denoise, keys, x)
+
+    Args:
+        function: (whole, *parts [n, …]) ↦ a tree of arrays [n, …], for any number n of examples.
+        mesh: the mesh from `data_mesh`.
+
+    Returns:
+        The compiled function of (whole, *parts [b, …]): `whole`, a tree such as a denoiser, goes to
+        every device, and of the parts each device has its b/devices examples. Keep it: called
+        anew, `per_shard` compiles anew.
+
+    Raises:
+        ValueError: when called with parts that do not divide over the devices.
+    """
+
+    @jax.jit
+    def shards(whole: Any, parts: tuple[Any, ...]) -> T:
+        return jax.shard_map(
+            lambda whole, parts: function(whole, *parts),
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=P("data"),
+            check_vma=False,
+        )(whole, parts)
+
+    @functools.wraps(function)
+    def call(whole: Any, *parts: Any) -> T:
+        check_divisible({str(i): part for i, part in enumerate(parts)}, mesh.size)
+        return shards(whole, parts)
+
+    return call

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = [
     "histogram",
     "image_grid",
+    "interpolation_grid",
+    "loss_by_noise",
     "point_trajectory",
     "points",
     "training_curve",
@@ -97,12 +99,32 @@ def trajectory_grid(
     Raises:
         ValueError: xs has another shape, times another length, or scale is below 1.
     """
-    frames = _pixels(xs, "xs [frames, n, h, w, c]", 5)
-    grid = _mosaic(frames.swapaxes(0, 1), scale)
-    if times is not None:
-        _check_times(times, len(frames))
-        grid = np.concatenate([_labels(times, grid), grid])
-    return _write(grid, path)
+    return _rows_of_frames(xs, path, "t", "times", times, scale)
+
+
+def interpolation_grid(
+    xs: Samples,
+    path: Target = None,
+    *,
+    weights: Sequence[float] | None = None,
+    scale: int | None = None,
+) -> Picture:
+    """Images on their way from one to another: a row for each pair, a column for each weight.
+
+    Args:
+        xs: [weights, n, h, w, c], as `latents.interpolate` returns them; values as in
+            `image_grid`.
+        path: where to write the picture, as .png; None to only return it.
+        weights: [weights], the shares of the second image that are written over the columns.
+        scale: the side of an enlarged pixel, ≥ 1; by default an image is about 64 pixels large.
+
+    Returns:
+        The picture, [height, width] if grey, else [height, width, 3].
+
+    Raises:
+        ValueError: xs has another shape, weights another length, or scale is below 1.
+    """
+    return _rows_of_frames(xs, path, "w", "weights", weights, scale)
 
 
 def points(
@@ -161,7 +183,7 @@ def point_trajectory(
     """
     frames = _plane(xs, "xs", 3)
     if times is not None:
-        _check_times(times, len(frames))
+        _check_frames("times", times, len(frames))
     figure, axes = _panels(len(frames))
     for i, (ax, values) in enumerate(zip(axes, frames, strict=True)):
         _scatter(ax, values, _span(values) if limits is None else limits)
@@ -246,6 +268,55 @@ def training_curve(
     return _save(figure, path)
 
 
+def loss_by_noise(levels: Sequence[Mapping[str, float]], path: Target = None) -> "Figure":
+    """Losses of training and of held-out images by noise level, with two standard errors.
+
+    Args:
+        levels: the "levels" of `evaluation.overfitting_report`, {"t", "train", "train_stderr",
+            "heldout", "heldout_stderr"} each; not empty. With "log_snr" they are drawn against
+            that, else against t.
+        path: where to write the plot, as .png, .pdf or .svg; None to only return it.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: levels is empty.
+    """
+    if not levels:
+        raise ValueError("levels must hold at least one noise level, got none")
+    figure = _figure(6.0, 4.0)
+    ax = figure.subplots()
+    axis, label = ("log_snr", "log-SNR") if "log_snr" in levels[0] else ("t", "t")
+    x = [level[axis] for level in levels]
+    for name, title in (("train", "train"), ("heldout", "held out")):
+        mean = [level[name] for level in levels]
+        spread = [2.0 * level[f"{name}_stderr"] for level in levels]
+        ax.errorbar(x, mean, yerr=spread, label=title, marker=".", capsize=2)
+    ax.set_xlabel(label)
+    ax.set_ylabel("denoising loss")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return _save(figure, path)
+
+
+def _rows_of_frames(
+    xs: Samples,
+    path: Target,
+    symbol: str,
+    name: str,
+    values: Sequence[float] | None,
+    scale: int | None,
+) -> Picture:
+    """A row for each example and a column for each frame, under what belongs to the frame."""
+    frames = _pixels(xs, "xs [frames, n, h, w, c]", 5)
+    grid = _mosaic(frames.swapaxes(0, 1), scale)
+    if values is not None:
+        _check_frames(name, values, len(frames))
+        grid = np.concatenate([_labels(symbol, values, grid), grid])
+    return _write(grid, path)
+
+
 def _pixels(x: Samples, what: str, ndim: int) -> UInt8[np.ndarray, "..."]:
     array = np.asarray(x, np.float32)
     if array.ndim != ndim or array.size == 0 or array.shape[-1] not in (1, 3):
@@ -266,22 +337,22 @@ def _mosaic(tiles: UInt8[np.ndarray, "rows columns h w c"], scale: int | None) -
     return grid[..., 0] if c == 1 else grid
 
 
-def _labels(times: Sequence[float], grid: Picture) -> Picture:
-    """A white strip, as wide as the grid, with a time over each column."""
+def _labels(symbol: str, values: Sequence[float], grid: Picture) -> Picture:
+    """A white strip, as wide as the grid, with a value over each column."""
     from PIL import Image, ImageDraw
 
     strip = Image.fromarray(np.full((16, *grid.shape[1:]), WHITE, np.uint8))
     draw = ImageDraw.Draw(strip)
-    column = (grid.shape[1] - GAP) / len(times)
-    for i, time in enumerate(times):
+    column = (grid.shape[1] - GAP) / len(values)
+    for i, value in enumerate(values):
         # The third argument, black, fits a grey strip and a coloured one.
-        draw.text((GAP + (i + 0.5) * column, 8), f"t = {time:.3g}", "black", anchor="mm")
+        draw.text((GAP + (i + 0.5) * column, 8), f"{symbol} = {value:.3g}", "black", anchor="mm")
     return np.asarray(strip)
 
 
-def _check_times(times: Sequence[float], frames: int) -> None:
-    if len(times) != frames:
-        raise ValueError(f"times must have one entry a frame, {frames}, got {len(times)}")
+def _check_frames(name: str, values: Sequence[float], frames: int) -> None:
+    if len(values) != frames:
+        raise ValueError(f"{name} must have one entry a frame, {frames}, got {len(values)}")
 
 
 def _write(picture: Picture, path: Target) -> Picture:

@@ -23,7 +23,7 @@ import tyro
 
 from jaxdiff import evaluation, networks, plotting
 from jaxdiff.data.batches import Batches, FreshBatches
-from jaxdiff.data.images import Images, dequantize, load_images
+from jaxdiff.data.images import Images, dequantize, load_images, to_model
 from jaxdiff.data.toys import TOYS, Toy
 from jaxdiff.experiment import Experiment
 from jaxdiff.training import make_eval_step, warmup_cosine_adam
@@ -197,7 +197,8 @@ class ImageOptions:
     eval_samples: int = 447
     """Samples whose quality is judged; at most as many as there are training images."""
     eval_images: int = 1000
-    """Test images whose likelihood is computed, at most."""
+    """Test images whose likelihood is computed, at most; and images of training and test whose
+    losses are compared."""
 
 
 def open_images(config: Config) -> tuple[Config, Splits, tuple[int, int, int], int]:
@@ -281,6 +282,26 @@ def image_experiment(
                 raise ValueError(f"dataset {config.dataset} has too few images for its {split}.")
         return Batches({"x": train.x}, config.batch_size, seed=config.seed)
 
+    def overfitting(params, train, test, key):
+        denoise = parts["denoiser"](params)
+        # A learned schedule belongs to the parameters.
+        process = getattr(denoise, "process", parts["process"])
+        one_hot = getattr(process, "one_hot", None)
+
+        def place(keys, x):
+            if dequantized:
+                return dequantize(keys, x, config.levels)
+            return to_model(x, config.levels) if one_hot is None else jax.vmap(one_hot)(x)
+
+        return evaluation.overfitting_report(
+            process,
+            denoise,
+            jnp.asarray(train.x[: config.eval_images], int),
+            jnp.asarray(test.x[: config.eval_images], int),
+            key,
+            place=place,
+        )
+
     eval_step = make_eval_step(continuous(held_out_loss))
 
     def validate(params):
@@ -291,6 +312,7 @@ def image_experiment(
 
     def evaluate(params, key):
         sample_key, null_key, likelihood_key = jax.random.split(key, 3)
+        gap_key = jax.random.fold_in(key, 3)
         train, test = images("train"), images("test")
         count = min(config.eval_samples, len(train.x), evaluation.MOST)
         likelihood = evaluation.likelihood_report(
@@ -304,6 +326,7 @@ def image_experiment(
             "samples": evaluation.sample_report(
                 sample(params, sample_key, count), train, test, null_key
             ),
+            "overfitting": overfitting(params, train, test, gap_key),
         }
 
     return config.experiment(

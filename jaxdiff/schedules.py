@@ -20,6 +20,7 @@ exploding      1                      σ_min (σ_max/σ_min)^t             1, σ
 edm            1                      Karras ρ-warp σ_min … σ_max       1, σ_max
 straight       1 − t                  t                                 0, 1
 from_betas     ∏√(1 − β_i)            √(1 − α²)                         the table's
+learned_gamma  √sigmoid(−γ)           √sigmoid(γ)                       .082, .997, trained
 =============  =====================  ================================  ==================
 
 At t = 1 the variance-exploding ones (exploding, edm) keep ᾱ = 1: their prior is N(0, σ_max²), and
@@ -30,6 +31,7 @@ nothing of x_0, so use `x0`, `v` or `velocity` with it, or start below 1.
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix
@@ -43,6 +45,7 @@ __all__ = [
     "Cosine",
     "EDMSchedule",
     "Exploding",
+    "LearnedGamma",
     "LinearBeta",
     "Schedule",
     "Straight",
@@ -52,6 +55,7 @@ __all__ = [
     "edm",
     "exploding",
     "from_betas",
+    "learned_gamma",
     "linear_beta",
     "log_snr",
     "straight",
@@ -345,6 +349,96 @@ def from_betas(betas: Sequence[float] | np.ndarray) -> TabulatedBeta:
     ends = np.clip(1.5 * outer - 0.5 * inner[[0, -1]], 3.0 * outer, 0.0)
     slopes = np.concatenate([ends[:1], inner, ends[1:]])
     return TabulatedBeta(log_alphas=jnp.asarray(log_alphas), slopes=jnp.asarray(slopes))
+
+
+@struct.dataclass
+class LearnedGamma:
+    """γ = −log-SNR as a monotone network of t, for training; make it with `learned_gamma`.
+
+    With r_k = softplus(rate_k) and s_k = softplus(share_k)/h of h hidden units,
+
+        γ(t) = γ_0 + softplus(gap) · n(t),      n(t) = u(t)/u(1),
+        u(t) = t + Σ_k s_k [sigmoid(r_k (t − c_k)) − sigmoid(−r_k c_k)],
+
+    so whatever values the leaves are given γ rises: n has a slope of at least 1/u(1).
+
+    Attributes:
+        gamma_0: γ(0).
+        gap: what softplus makes γ(1) − γ(0) of.
+        centres: [h] c, the times about which the hidden units bend γ.
+        rates: [h] what softplus makes their steepness of.
+        shares: [h] what softplus makes their part in u of.
+    """
+
+    gamma_0: Scalar
+    gap: Scalar
+    centres: Scalar
+    rates: Scalar
+    shares: Scalar
+
+    def __call__(self, t: Time) -> tuple[Time, Time]:
+        """(α, σ) at t: α² = sigmoid(−γ), σ² = sigmoid(γ)."""
+        gamma = self.gamma(t)
+        # Both exact where the other is close to 1.
+        return jnp.exp(0.5 * jax.nn.log_sigmoid(-gamma)), jnp.exp(0.5 * jax.nn.log_sigmoid(gamma))
+
+    def gamma(self, t: Time) -> Time:
+        """−log-SNR at t."""
+        progress = self._rise(t) / self._rise(jnp.ones_like(t))
+        return self.gamma_0 + jax.nn.softplus(jnp.asarray(self.gap)) * progress
+
+    def _rise(self, t: Time) -> Time:
+        """u(t), which falls nowhere: each bracket is written as a product of rising factors."""
+        rates, shares = jax.nn.softplus(self.rates), jax.nn.softplus(self.shares)
+        upper, lower = rates * (t - self.centres), rates * self.centres
+        bracket = jax.nn.sigmoid(upper) * jax.nn.sigmoid(lower) * -jnp.expm1(-rates * t)
+        return t + jnp.sum(shares * bracket) / max(len(shares), 1)
+
+
+def learned_gamma(
+    gamma_min: float = -13.3, gamma_max: float = 5.0, *, hidden: int = 16
+) -> LearnedGamma:
+    """The variance-preserving schedule of variational diffusion models, all of it to be trained.
+
+    α² = sigmoid(−γ(t)), σ² = sigmoid(γ(t)), with γ = −log-SNR a monotone network of t. It starts
+    linear in t, to within a few per cent of its range. Its leaves are trained as
+    `params["schedule"] = vars(learned_gamma(…))`, from which `LearnedGamma(**params["schedule"])`
+    makes it again; see `objectives.vdm`.
+
+    Args:
+        gamma_min: γ(0) before training.
+        gamma_max: γ(1) before training, > gamma_min.
+        hidden: units of the hidden layer, ≥ 0. With none, γ is linear in t for good, and only its
+            ends can be trained.
+
+    Raises:
+        ValueError: unless gamma_min < gamma_max, both finite, and hidden ≥ 0.
+
+    Note: the paper's network has 1024 hidden units, and two free ends. Here few units, evenly
+        spaced, do; and γ(1) is γ(0) plus a positive distance, so that the ends cannot cross.
+
+    References: Kingma et al. 2021, arXiv:2107.00630, section 3.2 and appendix H.
+    """
+    if not -math.inf < gamma_min < gamma_max < math.inf:
+        raise ValueError(
+            f"gamma_min and gamma_max must satisfy -inf < gamma_min < gamma_max < inf, "
+            f"got gamma_min={gamma_min}, gamma_max={gamma_max}."
+        )
+    if hidden < 0:
+        raise ValueError(f"hidden must be at least 0, got {hidden}.")
+    # Steps that overlap, and reach beyond both ends, add up to a straight line.
+    centres = 2.0 * (jnp.arange(hidden) + 0.5) / max(hidden, 1) - 0.5
+    return LearnedGamma(
+        gamma_0=jnp.float32(gamma_min),
+        gap=jnp.float32(_inverse_softplus(gamma_max - gamma_min)),
+        centres=centres,
+        rates=jnp.full(hidden, _inverse_softplus(float(max(hidden, 1)))),
+        shares=jnp.full(hidden, _inverse_softplus(2.0)),
+    )
+
+
+def _inverse_softplus(x: float) -> float:
+    return x + math.log(-math.expm1(-x))
 
 
 def _check_rates(beta_min: float, beta_max: float) -> None:

@@ -1,20 +1,18 @@
-"""Continuous-time sampling, encoding and likelihood: everything that diffrax solves.
+"""Continuous-time sampling and encoding: everything that diffrax solves.
 
-With the denoised mean x̂_0(x, t) of every state known, three equations use it:
+With the denoised mean x̂_0(x, t) of every state known, two equations use it:
 
     probability flow   dx/dt = v(x, t) = f − ½ g² s
     reverse SDE        dx    = (v − ½ η² g² s) dt + η g dw̄
-    likelihood         log p_{t_0}(x) = log p_1(x(1)) + ∫_{t_0}^1 ∇·v dt
 
 with s the score and η the amount of noise: η = 1 is Anderson's reverse SDE, η = 0 the flow. All
-have the same marginals.
+have the same marginals. (`jaxdiff.likelihood` adds the flow's change of volume.)
 
 Time in diffrax always increases. diffrax's stochastic Runge–Kutta solvers ignore the sign of a
 negative step, and give wrong samples without an error; so whatever runs from t = 1 to t = 0 is
 solved on the clock τ = −t, which also keeps every digit of a small t.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,16 +26,18 @@ from jaxtyping import Array, Float, Int
 
 from jaxdiff import grids, struct
 from jaxdiff.compile import jit
-from jaxdiff.processes.base import SDE, Augmented, Denoiser, along, example_keys, noise_rate, score
+from jaxdiff.processes.base import SDE, Denoiser, along, example_keys, noise_rate, score
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.typing import Grid, Key, Scalar, State, Time
 
 __all__ = [
     "Flow",
-    "LogLikelihood",
+    "Solution",
     "adaptive",
-    "joint_bound",
-    "log_likelihood",
+    "as_time",
+    "check_countable",
+    "integrate",
+    "one_by_one",
     "probability_flow",
     "reverse_sde",
     "underdamped_langevin",
@@ -54,23 +54,6 @@ class Flow(NamedTuple):
 
     x: State
     num_evaluations: Int[Array, "..."]
-
-
-class LogLikelihood(NamedTuple):
-    """Log-likelihoods of a batch.
-
-    Attributes:
-        value: [b] log-densities in nats.
-        stderr: [b] standard errors of `value` over the probes, in nats; 0 for the exact trace, NaN
-            where a single probe gives no spread.
-        latent: [b, …] where the flow takes the data, at t1.
-        num_evaluations: calls of the denoiser (with derivatives), exact.
-    """
-
-    value: Float[Array, "b"]
-    stderr: Float[Array, "b"]
-    latent: State
-    num_evaluations: Int[Array, ""]
 
 
 def reverse_sde(
@@ -148,7 +131,7 @@ def reverse_sde(
     keys = example_keys(key, x.shape[0])
     solver = diffrax.Euler() if solver is None else solver
     if evaluations:
-        _check_countable(solver)
+        check_countable(solver)
     options = {
         "controller": diffrax.StepTo(-grid) if controller is None else controller,
         "max_steps": grid.shape[0] - 1 if controller is None else max_steps,
@@ -233,11 +216,11 @@ def probability_flow(
 
     References: Song et al. 2021, arXiv:2011.13456, eq. 13.
     """
-    t0, t1 = _time("t0", t0), _time("t1", t1)
+    t0, t1 = as_time("t0", t0), as_time("t1", t1)
     solver = diffrax.Dopri5() if solver is None else solver
     controller = adaptive(1e-4) if controller is None else controller
     if evaluations:
-        _check_countable(solver)
+        check_countable(solver)
     flow = _probability_flow if not per_example else _flow_per_example
     solution = flow(
         process,
@@ -254,80 +237,6 @@ def probability_flow(
         progress=progress,
     )
     return solution if evaluations else solution.x
-
-
-def log_likelihood(
-    process: SDE,
-    denoise: Denoiser,
-    x: Float[Array, "b ..."],
-    *,
-    key: Key | None = None,
-    probes: int | None = None,
-    probe: Callable[..., Array] = jax.random.rademacher,
-    t0: Scalar = 1e-5,
-    t1: Scalar = 1.0,
-    solver: diffrax.AbstractSolver | None = None,
-    controller: diffrax.AbstractStepSizeController | None = None,
-    max_steps: int = 4096,
-) -> LogLikelihood:
-    """The exact log-likelihood of data under the probability-flow ODE.
-
-    log p(x) = log p_1(x(1)) + ∫_{t0}^{t1} ∇·v(x(t), t) dt, with the divergence exact or by
-    Hutchinson's estimator ∇·v ≈ (1/K) Σ_k e_kᵀ (∂v/∂x) e_k. The probes e_k are drawn once an
-    example and held fixed along the solve, so the integrand stays smooth and each of the K
-    estimates is unbiased; their spread is the standard error.
-
-    Args:
-        process: the forward process.
-        denoise: (x [b, …], t) ↦ moments of x_0.
-        x: [b, …] data in model space.
-        key: for the probes: one key, or one an example [b].
-        probes: K ≥ 1; None for the exact trace, which costs a derivative a dimension.
-        probe: the law of a probe, `jax.random.rademacher` or `jax.random.normal`:
-            (key, shape, dtype) ↦ zero-mean, unit-variance array.
-        t0: where the data are placed, in (0, 1): a small time at which they are taken for x_{t0}.
-        t1: where the prior is placed, in (t0, 1].
-        solver: an explicit Runge–Kutta solver of diffrax; by default `Dopri5`.
-        controller: a diffrax step-size controller; by default adaptive with relative and absolute
-            tolerance 1e-5, in the norm of the worst example.
-        max_steps: solver steps after which to give up.
-
-    Returns:
-        Values and standard errors in nats, latents, and the number of network calls.
-
-    Raises:
-        ValueError: for a time outside its range, probes < 1, probes without a key, or a solver
-            whose calls cannot be counted.
-        RuntimeError: if the solver needed more than `max_steps` steps.
-
-    References: Chen et al. 2018, arXiv:1806.07366, eq. 8; Grathwohl et al. 2019,
-        arXiv:1810.01367, eq. 7; Song et al. 2021, arXiv:2011.13456, eqs. 39–40.
-    """
-    t0, t1 = _time("t0", t0), _time("t1", t1)
-    struct.require(
-        (t0 > 0.0) & (t0 < t1), f"t0 and t1 must satisfy 0 < t0 < t1 <= 1, got t0={t0}, t1={t1}."
-    )
-    solver = diffrax.Dopri5() if solver is None else solver
-    controller = adaptive(1e-5) if controller is None else controller
-    _check_countable(solver)
-    if probes is not None and probes < 1:
-        raise ValueError(f"probes must be at least 1, or None for the exact trace, got {probes}.")
-    if probes is not None and key is None:
-        raise ValueError("probes need a key: pass key=jax.random.key(seed).")
-    keys = None if key is None else example_keys(key, x.shape[0])
-    return _log_likelihood(
-        process,
-        denoise,
-        x,
-        keys,
-        t0,
-        t1,
-        probes=probes,
-        probe=probe,
-        solver=solver,
-        controller=controller,
-        max_steps=max_steps,
-    )
 
 
 def underdamped_langevin(
@@ -379,47 +288,8 @@ def underdamped_langevin(
     keys = example_keys(key, x.shape[0])
     solver = diffrax.ALIGN() if solver is None else solver
     return _underdamped(
-        process, denoise, keys, x, _time("t", t), step_size, friction, steps=steps, solver=solver
+        process, denoise, keys, x, as_time("t", t), step_size, friction, steps=steps, solver=solver
     )
-
-
-def joint_bound(
-    process: Augmented,
-    denoise: Denoiser,
-    key: Key,
-    x: Float[Array, "b ..."],
-    *,
-    t0: Scalar = 3e-3,
-    **options: Any,
-) -> LogLikelihood:
-    """A lower bound of log p(x) from the exact likelihood of data and velocity together.
-
-        log p(x) ≥ E_{v ~ q} [log p(x, v) − log q(v)],
-
-    for any law q; here it is q(v_t | x_0 = x) at t = t0, close to the model's own law of v given x,
-    where the bound is an equality. One velocity is drawn an example.
-
-    Args:
-        process: a process that augments its data, such as `CLD`.
-        denoise: (z [b, 2, …], t) ↦ moments of x_0.
-        key: of velocities and probes: one key, or one an example [b].
-        x: [b, …] data in model space.
-        t0: where the data are placed, in (0, 1): late, the model's density is blurred by the noise
-            that x has gathered by then; early, a network must know details as fine as that.
-        **options: further ones of `log_likelihood`.
-
-    Returns:
-        The bound, in nats, with the probes' standard error.
-
-    References: Dockhorn, Vahdat and Kreis 2022, arXiv:2112.07068, appendix B, with t = 0 in q.
-    """
-    keys = jax.vmap(lambda key: jax.random.split(key))(example_keys(key, x.shape[0]))
-    t0 = _time("t0", t0)
-    v = jax.vmap(lambda key, x: process.added(x, t0).sample(key))(keys[:, 0], x)
-    z = jnp.stack([x, v], axis=1)
-    found = log_likelihood(process, denoise, z, key=keys[:, 1], t0=t0, **options)
-    of_v = jax.vmap(lambda x, v: process.added(x, t0).log_prob(v))(x, v)
-    return found._replace(value=found.value - of_v)
 
 
 def adaptive(tolerance: float) -> diffrax.PIDController:
@@ -497,7 +367,7 @@ def _reverse_sde(
             t1=-grid[-1],
             tolerance=path_tolerance,
         )
-    x, calls = _solve(
+    solution = integrate(
         diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, noise)),
         x,
         -grid[0],
@@ -510,7 +380,7 @@ def _reverse_sde(
         adjoint=adjoint,
         progress=progress,
     )
-    return _finish(denoise, x, grid[-1], calls, final_denoise, trajectory=trajectory)
+    return _finish(denoise, solution, grid[-1], final_denoise, trajectory=trajectory)
 
 
 @jit
@@ -535,7 +405,7 @@ def _probability_flow(
         process, denoise, sign = args
         return sign * _flow_field(process, denoise, sign * clock, x)
 
-    x, calls = _solve(
+    solution = integrate(
         diffrax.ODETerm(field),
         x,
         sign * t0,
@@ -549,27 +419,16 @@ def _probability_flow(
         progress=progress,
     )
     last = t1 if times is None else times[-1]
-    return _finish(denoise, x, last, calls, final_denoise, trajectory=times is not None)
+    return _finish(denoise, solution, last, final_denoise, trajectory=times is not None)
 
 
 @jit
 def _flow_per_example(process, denoise, x, t0, t1, times, **options):
-    # What a denoiser is conditioned on belongs to the examples, all else of it to all of them.
-    leaves, structure = jax.tree_util.tree_flatten_with_path(denoise)
-    owned = ["condition" in [getattr(key, "name", None) for key in path] for path, _ in leaves]
-    conditions = [leaf for (_, leaf), own in zip(leaves, owned, strict=True) if own]
-
-    def one(x, conditions):
-        mine = iter(conditions)
-        parts = [
-            next(mine)[None] if own else leaf for (_, leaf), own in zip(leaves, owned, strict=True)
-        ]
-        denoise = jax.tree.unflatten(structure, parts)
-        flow = _probability_flow(process, denoise, x[None], t0, t1, times, **options)
+    def one(denoise, x):
+        flow = _probability_flow(process, denoise, x, t0, t1, times, **options)
         return Flow(jnp.squeeze(flow.x, 0 if times is None else 1), flow.num_evaluations)
 
-    axis = 0 if times is None else 1
-    return jax.vmap(one, out_axes=Flow(axis, 0))(x, conditions)  # pyright: ignore[reportArgumentType]
+    return one_by_one(one, denoise, x, out_axes=Flow(0 if times is None else 1, 0))  # pyright: ignore[reportArgumentType]
 
 
 @jit
@@ -602,60 +461,88 @@ def _underdamped(process, denoise, keys, x, t, step_size, friction, *, steps, so
     return solution.ys[0][-1]
 
 
-@jit
-def _log_likelihood(
-    process, denoise, x, keys, t0, t1, *, probes, probe, solver, controller, max_steps
-):
-    size = x[0].size
-    if probes is None:
-        # The unit vectors: the sum over them is the trace.
-        directions = jnp.eye(size, dtype=x.dtype).reshape(size, 1, *x.shape[1:])
-        directions = jnp.broadcast_to(directions, (size, *x.shape))
-    else:
-        draw = jax.vmap(lambda key: probe(key, (probes, *x.shape[1:]), x.dtype), out_axes=1)
-        directions = draw(keys)
+def one_by_one(
+    function: Callable[..., Any], denoise: Denoiser, *parts: Any, out_axes: Any = 0
+) -> Any:
+    """Maps a function of batches over examples, each a batch of one.
 
-    def field(t, state, _):
-        flow = functools.partial(_flow_field, process, denoise, t)
+    What a denoiser is conditioned on belongs to the examples, all else of it to all of them.
 
-        # Forward mode: transposed convolutions are very slow inside a loop on the CPU. The primal
-        # does not depend on the direction, so it is computed once.
-        value, change = jax.vmap(
-            lambda direction: jax.jvp(flow, (state[0],), (direction,)), out_axes=(None, 0)
-        )(directions)
-        slopes = jnp.sum((directions * change).reshape(*directions.shape[:2], size), axis=-1)
-        return value, (jnp.sum(slopes, axis=0)[None] if probes is None else slopes).T
+    Args:
+        function: (denoise, *parts [1, …]) ↦ the results of one example.
+        denoise: the denoiser.
+        *parts: arrays [b, …].
+        out_axes: of the results, as in `jax.vmap`.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(denoise)
+    owned = ["condition" in [getattr(key, "name", None) for key in path] for path, _ in leaves]
+    conditions = [leaf for (_, leaf), own in zip(leaves, owned, strict=True) if own]
 
-    estimates = 1 if probes is None else probes
-    start = (x, jnp.zeros((x.shape[0], estimates), x.dtype))
-    (latent, volume), calls = _solve(
-        diffrax.ODETerm(field),
-        start,
-        t0,
-        t1,
-        None,
-        times=None,
-        solver=solver,
-        controller=controller,
-        max_steps=max_steps,
-        adjoint=None,
-        progress=None,
-    )
-    prior = jax.vmap(process.prior(x.shape[1:]).log_prob)(latent)
-    if probes is None:
-        stderr = jnp.zeros_like(prior)
-    else:
-        spread = jnp.var(volume, axis=1) * probes / (probes - 1.0)
-        stderr = jnp.sqrt(spread / probes)
-    return LogLikelihood(prior + jnp.mean(volume, axis=1), stderr, latent, calls)
+    def one(conditions, *parts):
+        mine = iter(conditions)
+        whole = [
+            next(mine)[None] if own else leaf for (_, leaf), own in zip(leaves, owned, strict=True)
+        ]
+        return function(jax.tree.unflatten(structure, whole), *(part[None] for part in parts))
+
+    return jax.vmap(one, out_axes=out_axes)(conditions, *parts)
 
 
-def _solve(
-    terms, y0, t0, t1, args, *, times, solver, controller, max_steps, adjoint, progress
-) -> tuple[Any, Array]:
-    """Solves on an increasing clock from t0 to t1, and counts the calls of the drift."""
+class Solution(NamedTuple):
+    """What `integrate` found.
+
+    Attributes:
+        y: the state at t1, or the states at the times asked for.
+        num_evaluations: calls of the drift; −1 for a solver whose calls are not known.
+        converged: whether t1 was reached.
+        tally: what `observe` added up.
+    """
+
+    y: Any
+    num_evaluations: Array
+    converged: Array
+    tally: Any
+
+
+def integrate(
+    terms: Any,
+    y0: Any,
+    t0: Scalar,
+    t1: Scalar,
+    args: Any,
+    *,
+    solver: diffrax.AbstractSolver,
+    controller: diffrax.AbstractStepSizeController,
+    max_steps: int,
+    times: Array | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    progress: diffrax.AbstractProgressMeter | None = None,
+    throw: bool = True,
+    judged: Callable[[Any], Any] = lambda y: y,
+    observe: Callable[..., Any] | None = None,
+) -> Solution:
+    """Solves on an increasing clock from t0 to t1, and counts the calls of the drift.
+
+    Args:
+        terms: diffrax's terms.
+        y0: the state at t0.
+        t0: start.
+        t1: end, > t0.
+        args: third argument of the terms' functions.
+        solver: a diffrax solver.
+        controller: a diffrax step-size controller.
+        max_steps: steps after which to give up.
+        times: at which to return the states; None for the last alone.
+        adjoint: how to take gradients; None for diffrax's default.
+        progress: a diffrax progress meter.
+        throw: whether to raise if t1 is not reached; otherwise `converged` tells.
+        judged: the part of a state whose error the controller is to see.
+        observe: (y0, y1, error, dt) ↦ arrays, added up over the steps of a controller that chooses
+            them; `error` is the solver's estimate of the step's error.
+    """
     chooses, per_step = _chooses(controller), _calls_per_step(solver)
-    watched = _FirstAttempts(controller) if chooses and per_step else controller
+    watches = chooses and per_step is not None
+    watched = _Watched(controller, judged, observe) if watches else controller
     solution = diffrax.diffeqsolve(
         terms,
         solver,
@@ -670,19 +557,23 @@ def _solve(
         adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
         progress_meter=diffrax.NoProgressMeter() if progress is None else progress,
         max_steps=max_steps,
+        throw=throw,
     )
     assert solution.stats is not None
+    converged = solution.result == diffrax.RESULTS.successful
     y1 = solution.ys if times is not None else jax.tree.map(lambda leaf: leaf[-1], solution.ys)
     if not per_step:
-        return y1, jnp.asarray(-1)
+        return Solution(y1, jnp.asarray(-1), converged, None)
     # Every attempt at the first step computes the first stage anew.
-    attempts: Any = solution.controller_state
-    first = attempts[1] if chooses else 1
-    return y1, per_step[0] * solution.stats["num_steps"] + per_step[1] * first
+    state: Any = solution.controller_state
+    first, tally = (state[1], state[3]) if watches else (1, None)
+    calls = per_step[0] * solution.stats["num_steps"] + per_step[1] * first
+    return Solution(y1, calls, converged, tally)
 
 
-def _finish(denoise, x, t1, calls, final_denoise, *, trajectory) -> Flow:
+def _finish(denoise, solution: Solution, t1, final_denoise, *, trajectory) -> Flow:
     """Denoises the last state, if that is wanted."""
+    x, calls = solution.y, solution.num_evaluations
     if not final_denoise:
         return Flow(x, calls)
     last = denoise(x[-1] if trajectory else x, t1).mean
@@ -726,7 +617,12 @@ def _solves_odes(solver: diffrax.AbstractSolver) -> bool:
     return isinstance(solver, diffrax.Euler | diffrax.AbstractERK)
 
 
-def _check_countable(solver: diffrax.AbstractSolver) -> None:
+def check_countable(solver: diffrax.AbstractSolver) -> None:
+    """Refuses a solver whose network calls are not known from its steps.
+
+    Raises:
+        ValueError: names the solver.
+    """
     if _calls_per_step(solver) is None:
         raise ValueError(
             f"solver must be Euler, EulerHeun or an explicit Runge–Kutta method of diffrax for its "
@@ -748,7 +644,12 @@ def _worst_example(error) -> Array:
     return jnp.max(jnp.stack([jnp.max(jnp.sqrt(jnp.mean(row**2, axis=1))) for row in rows]))
 
 
-def _time(name: str, t: Scalar) -> Time:
+def as_time(name: str, t: Scalar) -> Time:
+    """A time as an array, checked.
+
+    Raises:
+        ValueError: unless it lies in [0, 1].
+    """
     struct.require((t >= 0.0) & (t <= 1.0), f"{name} must lie in [0, 1], got {t}.")
     return jnp.asarray(t, jnp.result_type(float))
 
@@ -796,24 +697,40 @@ class _TreeNoise(_ExampleNoise):
         )
 
 
-class _FirstAttempts(diffrax.AbstractStepSizeController):
-    """A controller that also counts the attempts up to the first accepted step."""
+class _Watched(diffrax.AbstractStepSizeController):
+    """A controller that also counts the attempts up to the first accepted step, and observes."""
 
     controller: diffrax.AbstractStepSizeController
+    judged: Callable[[Any], Any] = eqx.field(static=True)
+    observe: Callable[..., Any] | None = eqx.field(static=True)
 
     def wrap(self, direction):
-        return _FirstAttempts(self.controller.wrap(direction))
+        return _Watched(self.controller.wrap(direction), self.judged, self.observe)
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
-        start, state = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
-        return start, (state, jnp.asarray(0), jnp.asarray(False))
+        start, state = self.controller.init(
+            terms, t0, t1, self.judged(y0), dt0, args, func, error_order
+        )
+        seen = None if self.observe is None else self.observe(y0, y0, y0, t1 - t0)
+        tally = jax.tree.map(jnp.zeros_like, seen)
+        return start, (state, jnp.asarray(0), jnp.asarray(False), tally)
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
     ):
-        inner, attempts, begun = controller_state
+        inner, attempts, begun, tally = controller_state
         keep, start, end, jump, inner, result = self.controller.adapt_step_size(
-            t0, t1, y0, y1_candidate, args, y_error, error_order, inner
+            t0,
+            t1,
+            self.judged(y0),
+            self.judged(y1_candidate),
+            args,
+            None if y_error is None else self.judged(y_error),
+            error_order,
+            inner,
         )
         attempts = attempts + jnp.where(begun, 0, 1)
-        return keep, start, end, jump, (inner, attempts, begun | keep), result
+        if self.observe is not None:
+            seen = self.observe(y0, y1_candidate, y_error, t1 - t0)
+            tally = jax.tree.map(lambda a, b: a + jnp.where(keep, b, 0), tally, seen)
+        return keep, start, end, jump, (inner, attempts, begun | keep, tally), result

@@ -3,6 +3,17 @@
 A time sampler draws the times of a batch, (key, process, n) ↦ (t, 1/r), so that the mean of
 w(t)/r(t) estimates ∫ w(t) dt over [t_min, 1] whatever r. The choice of r changes only the variance
 of the loss.
+
+Where the weight is known the choice makes itself. The likelihood's weight of the noise's error is
+
+    w = g²/σ² = −d log-SNR/dt
+
+for every Gaussian process, since g² = 2σ² d log(σ/α)/dt. Where σ(0) = 0 it grows as 1/t towards
+the data, while the error itself hardly changes: of uniform times, the few smallest carry the sum.
+So `importance` draws r ∝ w, whose quantiles are known: the log-SNR is uniform between its ends, t
+is where the schedule takes that value, and w/r is the same for all,
+
+    w/r = ∫ w dt = log-SNR(t_min) − log-SNR(t_max).
 """
 
 from collections.abc import Callable
@@ -19,12 +30,14 @@ from jaxdiff.schedules import time_of_log_snr
 from jaxdiff.typing import Key, Scalar
 
 __all__ = [
+    "Importance",
     "LogNormal",
     "LogUniform",
     "LowDiscrepancy",
     "TimeSampler",
     "Uniform",
     "even",
+    "importance",
     "log_normal",
     "log_uniform",
     "low_discrepancy",
@@ -85,6 +98,59 @@ def low_discrepancy(t_min: float = 1e-5) -> LowDiscrepancy:
     """
     _check(t_min)
     return LowDiscrepancy(t_min=t_min)
+
+
+@struct.dataclass
+class Importance:
+    """t with log-SNR(t) uniform over [log-SNR(t_max), log-SNR(t_min)]."""
+
+    t_min: Scalar
+    t_max: Scalar
+
+    def __call__(self, key: Key, process: Gaussian, n: int) -> Times:
+        """(t, 1/r) of a batch."""
+        with jax.ensure_compile_time_eval():  # so that a training step checks as it compiles
+            low, high = jax.vmap(process.log_snr)(jnp.array([self.t_max, self.t_min]))
+            struct.require(
+                jnp.isfinite(high - low),
+                f"t_min and t_max must be times of finite log-SNR, got t_min={self.t_min}, "
+                f"t_max={self.t_max} with log-SNR {high}, {low}: take t_max < 1 where "
+                f"alpha(1) = 0.",
+            )
+        log_snr = low + (high - low) * even(key, n)
+        t = jax.vmap(lambda value: time_of_log_snr(process.schedule, value))(log_snr)
+        t = jnp.clip(t, self.t_min, self.t_max)
+
+        def rate(t):
+            _, sigma = process.schedule(t)
+            return (process.diffusion(t) / sigma) ** 2
+
+        return t, (high - low) / jax.vmap(rate)(t)
+
+
+def importance(t_min: float = 1e-5, t_max: float = 1.0) -> Importance:
+    """t ~ r ∝ g²/σ² on [t_min, t_max], evenly spread over a batch: for `weightings.likelihood`.
+
+    The log-SNR is uniform. w/r is then constant, and the loss as quiet as its errors.
+
+    Args:
+        t_min: the smallest time, in (0, 1).
+        t_max: the largest, in (t_min, 1]; below 1 where α(1) = 0, as with `schedules.straight`,
+            whose log-SNR has no end.
+
+    Raises:
+        ValueError: unless 0 < t_min < t_max ≤ 1; and, when times are drawn for a schedule of known
+            numbers, unless the log-SNR is finite at both.
+
+    References: Song et al. 2021, arXiv:2101.09258 (importance sampling for this weight); Kingma et
+        al. 2021, arXiv:2107.00630, section 5.1 (the integral depends on the log-SNR's ends alone).
+    """
+    if not 0.0 < t_min < t_max <= 1.0:
+        raise ValueError(
+            f"t_min and t_max must satisfy 0 < t_min < t_max <= 1, got t_min={t_min}, "
+            f"t_max={t_max}."
+        )
+    return Importance(t_min=t_min, t_max=t_max)
 
 
 @struct.dataclass

@@ -276,12 +276,72 @@ def test_memorisation_leaves_each_training_image_out_of_its_own_neighbours():
     assert report["heldout_median"] == pytest.approx(1.5)  # of 0.2, 2, 1.5
 
 
+# Principal components
+
+
+def test_principal_components_are_white_over_the_training_set(rng):
+    """Mahalanobis' distances, in as few directions as make up the share."""
+    train = rng.normal(size=(500, 2, 3)) @ rng.normal(size=(3, 3)) + 5.0
+    other = rng.normal(size=(7, 2, 3))
+    found, moved = metrics.principal_components(train, other, share=1.0)
+    np.testing.assert_allclose(found.mean(0), 0.0, atol=1e-10)
+    np.testing.assert_allclose(np.cov(found.T), np.eye(6), atol=1e-9)
+    flat = train.reshape(500, 6)
+    precision = linalg.inv(np.cov(flat.T))
+    expected = distance.cdist(other.reshape(7, 6), flat, "mahalanobis", VI=precision)
+    np.testing.assert_allclose(distance.cdist(moved, found), expected, rtol=1e-8)
+    # In another basis and other units they are the same.
+    matrix = rng.normal(size=(3, 3))
+    again, too = metrics.principal_components(train @ matrix, other @ matrix, share=1.0)
+    np.testing.assert_allclose(distance.cdist(too, again), expected, rtol=1e-6)
+
+
+def test_principal_components_keep_the_share_of_the_variance(rng):
+    x = rng.normal(size=(4000, 4)) * np.sqrt([6.0, 2.0, 1.0, 1.0])
+    for share, kept in ((0.5, 1), (0.7, 2), (0.85, 3), (0.95, 4), (1.0, 4)):
+        assert metrics.principal_components(x, share=share)[0].shape == (4000, kept)
+    (found,) = metrics.principal_components(x, share=0.7)
+    for component, column in zip(found.T, x.T, strict=False):
+        assert abs(np.corrcoef(component, column)[0, 1]) > 0.99
+
+
+def test_principal_components_of_fewer_images_than_pixels(rng):
+    """The same, by the smaller of two matrices; a constant pixel does no harm."""
+    train, other = rng.normal(size=(6, 9)), rng.normal(size=(4, 9))
+    train[:, 3], other[:, 3] = 1.0, 1.0
+    found, moved = metrics.principal_components(train, other, share=1.0)
+    assert found.shape == (6, 5)
+    np.testing.assert_allclose(np.cov(found.T), np.eye(5), atol=1e-9)
+    precision = np.linalg.pinv(np.cov(train.T))
+    expected = distance.cdist(other, train, "mahalanobis", VI=precision)
+    np.testing.assert_allclose(distance.cdist(moved, found), expected, rtol=1e-8)
+
+
+def test_components_flag_more_of_the_copies_than_pixels(digits, validation):
+    """B31: noisy or pale copies; fresh draws pass in both."""
+    train, _, test, _ = digits
+    rng = np.random.default_rng(0)
+    noisy = train[:400] + 0.2 * rng.normal(size=train[:400].shape)
+    pale = 0.8 * (train[:400] + 1.0) - 1.0
+    seen, fresh, *copies = metrics.principal_components(train, test, noisy, pale)
+    for pixels, features in zip((noisy, pale), copies, strict=True):
+        by_pixels = metrics.memorisation(pixels, train, test)["flagged_share"]
+        by_features = metrics.memorisation(features, seen, fresh)["flagged_share"]
+        assert by_features > by_pixels + 0.1
+    (_, good) = metrics.principal_components(train, validation)
+    assert metrics.memorisation(good, seen, fresh)["ks_p_value"] > 0.05
+
+
 # Bits per dimension
 
 
 def test_uniform_density_costs_the_logarithm_of_the_levels():
     for dim, levels in ((64, 17), (3072, 256)):
         assert metrics.bits_per_dim(dim * math.log(2), dim, levels) == math.log2(levels)
+        assert metrics.bits_per_dim(0.0, dim, levels, span=1.0) == math.log2(levels)
+        assert metrics.bits_per_dim(dim * math.log(levels), dim, levels, span=float(levels)) == (
+            pytest.approx(math.log2(levels), rel=1e-12)
+        )
 
 
 def test_a_density_constant_on_the_cells_costs_the_discrete_entropy(rng):
@@ -382,8 +442,12 @@ LABELS = np.repeat([0, 1], 10)
         (lambda: metrics.prdc(X, X, k=0), "k must be between 1"),
         (lambda: metrics.memorisation(X, X, X, quantile=1.0), r"quantile must be in \(0, 1\)"),
         (lambda: metrics.memorisation(X, X[:1], X), "train must have at least 2"),
+        (lambda: metrics.principal_components(X, share=0.0), r"share must be in \(0, 1\], got 0.0"),
+        (lambda: metrics.principal_components(X[:1]), "members that differ, got 1"),
+        (lambda: metrics.principal_components(0.0 * X), "members that differ, got 20"),
         (lambda: metrics.bits_per_dim(1.0, 0, 17), "dim must be >= 1, got 0"),
         (lambda: metrics.bits_per_dim(1.0, 2, 1), "levels must be >= 2, got 1"),
+        (lambda: metrics.bits_per_dim(1.0, 2, 9, 0.0), "span must be > 0, got 0.0"),
         (lambda: metrics.mean_and_stderr(np.ones(1)), r"values must be \[n\] with n >= 2"),
         (lambda: metrics.mean_and_stderr(np.array([1.0, np.inf])), "values must be finite, 1 of"),
         (lambda: metrics.classify(X, LABELS[:5], X), r"train_labels must be \[20\]"),

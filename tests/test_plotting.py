@@ -67,6 +67,32 @@ def test_trajectory_grid_has_a_row_an_example_and_a_column_a_time(tmp_path):
     assert Image.open(path).size == labelled.shape[::-1]
 
 
+def test_interpolation_grid_has_a_row_a_pair_and_a_column_a_weight(rng):
+    xs, weights = rng.uniform(-1, 1, size=(3, 2, 8, 8, 1)), [0.0, 0.5, 1.0]
+    picture = plotting.interpolation_grid(xs, scale=8)
+    np.testing.assert_array_equal(picture, plotting.trajectory_grid(xs, scale=8))
+    labelled = plotting.interpolation_grid(xs, weights=weights, scale=8)
+    np.testing.assert_array_equal(labelled[-len(picture) :], picture)
+    times = plotting.trajectory_grid(xs, times=weights, scale=8)
+    assert np.any(times != labelled)  # t for w
+
+
+def test_losses_are_drawn_by_noise_level(tmp_path):
+    row = {"train_stderr": 0.1, "heldout_stderr": 0.2}
+    levels = [row | {"t": t, "train": t, "heldout": 2.0 * t} for t in (0.25, 0.75)]
+    path = tmp_path / "losses.png"
+    (ax,) = plotting.loss_by_noise(levels, path).axes
+    train, heldout = (container.lines[0].get_xydata().tolist() for container in ax.containers)
+    assert (train, heldout) == ([[0.25, 0.25], [0.75, 0.75]], [[0.25, 0.5], [0.75, 1.5]])
+    bars = ax.containers[1].lines[2][0].get_segments()[0]
+    assert bars[:, 1].tolist() == pytest.approx([0.1, 0.9])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train", "held out"]
+    assert path.stat().st_size > 1000
+    (ax,) = plotting.loss_by_noise([level | {"log_snr": -level["t"]} for level in levels]).axes
+    assert ax.containers[0].lines[0].get_xdata().tolist() == [-0.25, -0.75]
+    assert ax.get_xlabel() == "log-SNR"
+
+
 def test_labels_fit_colour_images():
     picture = plotting.trajectory_grid(np.zeros((2, 1, 8, 8, 3)), times=[1.0, 0.0])
     assert picture.shape == (16 + 64 + 8, 2 * 68 + 4, 3)
@@ -139,6 +165,11 @@ def test_training_curve_draws_what_the_rows_hold():
             lambda: plotting.trajectory_grid(np.zeros((2, 1, 8, 8, 1)), times=[1.0]),
             "times must have one entry a frame, 2, got 1",
         ),
+        (
+            lambda: plotting.interpolation_grid(np.zeros((2, 1, 8, 8, 1)), weights=[1.0]),
+            "weights must have one entry a frame, 2, got 1",
+        ),
+        (lambda: plotting.loss_by_noise([]), "levels must hold at least one"),
         (lambda: plotting.points(np.zeros((3, 3))), r"x must be \[n, 2\]"),
         (lambda: plotting.points(np.zeros((3, 2)), reference=np.zeros((0, 2))), "reference must"),
         (lambda: plotting.points(np.zeros((3, 2)), limits=(1.0, 1.0)), "limits must be"),

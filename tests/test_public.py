@@ -27,7 +27,7 @@ from jaxdiff import parameterizations, recipes, schedules
 from jaxdiff.data import mixture, toys
 from jaxdiff.distributions import BlockNormal
 from jaxdiff.experiment import load_config
-from jaxdiff.objectives import elbo, improved_ddpm
+from jaxdiff.objectives import elbo, improved_ddpm, vdm
 from jaxdiff.objectives.d3pm import categorical_bound, masked_cross_entropy
 from jaxdiff.processes import d3pm, linear_sde
 from jaxdiff.processes.base import example_keys
@@ -107,6 +107,14 @@ def _denoiser(make):
     return Noun(make, lambda denoise: denoise(X, T).mean)
 
 
+def no_noise(params, x):
+    return params["w"] * x
+
+
+def _learned(n):
+    return {"network": {"w": n}, "schedule": vars(jd.learned_gamma(-5.0, n, hidden=2))}
+
+
 def twice(params, x, noise_level):
     return jnp.concatenate([apply(params, x, noise_level)] * 2, axis=-1)
 
@@ -140,6 +148,7 @@ NOUNS = {
     "Cosine": _schedule(lambda n: jd.cosine(0.008 * n)),
     "Exploding": _schedule(lambda n: jd.exploding(0.01, 10.0 + n)),
     "EDMSchedule": _schedule(lambda n: jd.edm(0.002, 10.0 + n)),
+    "LearnedGamma": _schedule(lambda n: jd.learned_gamma(-5.0, n)),
     "Straight": _schedule(lambda n: jd.straight()),
     "TabulatedBeta": _schedule(lambda n: jd.from_betas([0.01 * n, 0.02, 0.03])),
     "Epsilon": _parameterization(lambda n: jd.epsilon()),
@@ -154,6 +163,7 @@ NOUNS = {
     "Uniform": _times(lambda n: jd.time_samplers.uniform(0.1 * n)),
     "LowDiscrepancy": _times(lambda n: jd.time_samplers.low_discrepancy(0.1 * n)),
     "LogUniform": _times(lambda n: jd.time_samplers.log_uniform(0.1 * n)),
+    "Importance": _times(lambda n: jd.time_samplers.importance(0.1 * n)),
     "LogNormal": _times(lambda n: jd.time_samplers.log_normal(-1.0, n)),
     "Normal": Noun(lambda n: jd.Normal(X[0], n), lambda normal: normal.log_prob(X[1])),
     "Gaussian": Noun(
@@ -226,6 +236,18 @@ NOUNS = {
             weight=n,
             time_sampler=halves,
         ),
+        lambda objective: objective({"w": jnp.float32(1.0)}, KEY, BATCH)[0],
+    ),
+    "VDM": Noun(
+        lambda n: jd.vdm(apply, jd.epsilon(), decoder=elbo.discrete_decoder(17, floor=n)),
+        lambda objective: objective(_learned(1.0), KEY, BATCH)[0],
+    ),
+    "LevelDecoder": Noun(
+        lambda n: vdm.LevelDecoder(centres=n * jnp.linspace(-1.0, 1.0, 5)),
+        lambda decoder: decoder(X[0], jd.Normal(X[1], 0.1)),
+    ),
+    "ScoreMatching": Noun(
+        lambda n: jd.sliced_score_matching(no_noise),
         lambda objective: objective({"w": jnp.float32(1.0)}, KEY, BATCH)[0],
     ),
     "DiscreteDecoder": Noun(
@@ -433,7 +455,7 @@ def test_options_are_compiled_in_and_compared():
 def test_paths_name_fields():
     """Error messages of JAX speak of `.schedule.beta_max`, not of an index."""
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(VP)]
-    assert paths == [".schedule.beta_min", ".schedule.beta_max"]
+    assert paths == [".schedule.beta_min", ".schedule.beta_max", ".prior_mean"]
 
 
 @pytest.mark.parametrize("kind", ["sample", "reverse_sde", "probability_flow", "log_likelihood"])
@@ -458,7 +480,7 @@ def test_no_sweep_compiles_anew(kind):
             return jd.reverse_sde(process, denoise, key, X, grid, eta=eta)
         if kind == "probability_flow":
             return jd.probability_flow(process, denoise, X, 1.0, end)
-        return jd.log_likelihood(process, denoise, X, key=key, probes=2, t0=end).value
+        return jd.log_likelihood(process, denoise, X, key=key, probes=1, t0=end).value
 
     first = run()
     count = len(traces)

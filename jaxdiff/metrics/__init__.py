@@ -16,6 +16,7 @@ from jaxdiff.metrics.frechet import gaussian_frechet_distance as gaussian_freche
 from jaxdiff.metrics.kernel import kernel_distance as kernel_distance
 from jaxdiff.metrics.neighbours import memorisation as memorisation
 from jaxdiff.metrics.neighbours import nearest_distances as nearest_distances
+from jaxdiff.metrics.neighbours import principal_components as principal_components
 from jaxdiff.metrics.prdc import prdc as prdc
 from jaxdiff.metrics.sliced import sliced_wasserstein as sliced_wasserstein
 
@@ -32,5 +33,6 @@ __all__ = [
     "memorisation",
     "nearest_distances",
     "prdc",
+    "principal_components",
     "sliced_wasserstein",
 ]

@@ -9,8 +9,19 @@ only if a random key named "dropout" is given: `apply(..., rngs={"dropout": key}
 from jaxdiff.networks.embeddings import GaussianFourier as GaussianFourier
 from jaxdiff.networks.embeddings import Sinusoidal as Sinusoidal
 from jaxdiff.networks.embeddings import SmoothFeatures as SmoothFeatures
+from jaxdiff.networks.energy import Conservative as Conservative
+from jaxdiff.networks.energy import log_density as log_density
 from jaxdiff.networks.mlp import MLP as MLP
 from jaxdiff.networks.transformer import Transformer as Transformer
 from jaxdiff.networks.unet import UNet as UNet
 
-__all__ = ["MLP", "GaussianFourier", "Sinusoidal", "SmoothFeatures", "Transformer", "UNet"]
+__all__ = [
+    "MLP",
+    "Conservative",
+    "GaussianFourier",
+    "Sinusoidal",
+    "SmoothFeatures",
+    "Transformer",
+    "UNet",
+    "log_density",
+]

@@ -162,13 +162,18 @@ class UNet(nn.Module):
         num_classes: number of classes k, or None. Label k, or no label, is the null label.
         dtype: of the computation; parameters, norms, softmax and the output stay in float32.
         out_channels: channels of the output; None for as many as the input has.
+        fourier: exponents n, ≥ 0: for each, the network sees sin(2ⁿ π x) and cos(2ⁿ π x) beside
+            its input x. They tell neighbouring grey levels apart, which a likelihood asks for and
+            the eye does not: for L levels in [-1, 1], with n about log₂ L - 1 and log₂ L.
 
     Raises:
         ValueError: if a side of the images is odd or less than 8, if `heads` does not divide the
-            channels, or if a label is given to a network without classes.
+            channels, if an exponent of `fourier` is negative, or if a label is given to a network
+            without classes.
 
     References:
-        Song et al. 2021, arXiv 2011.13456, appendix H.
+        Song et al. 2021, arXiv 2011.13456, appendix H; Kingma et al. 2021, arXiv 2107.00630,
+        section 3.4 and appendix C (`fourier`).
     """
 
     width: int = 32
@@ -182,6 +187,7 @@ class UNet(nn.Module):
     num_classes: int | None = None
     dtype: DTypeLike = jnp.float32
     out_channels: int | None = None
+    fourier: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
@@ -202,7 +208,7 @@ class UNet(nn.Module):
             return max(h.shape[1:3]) in self.attention
 
         channels = [m * self.width for m in self.multipliers]
-        h = nn.Conv(self.width, (3, 3), dtype=self.dtype)(x)
+        h = nn.Conv(self.width, (3, 3), dtype=self.dtype)(self._with_fourier(x))
         skips = [h]
         for level, n in enumerate(channels):
             if level > 0:
@@ -227,12 +233,21 @@ class UNet(nn.Module):
         channels_out = x.shape[-1] if self.out_channels is None else self.out_channels
         return nn.Conv(channels_out, (3, 3), kernel_init=_zeros, dtype=wide)(h)
 
+    def _with_fourier(self, x: Image) -> Float[Array, "b h w c2"]:
+        # In full precision: a wave of many turns magnifies the rounding of its angle.
+        wide = x.astype(_wide(self.dtype))
+        angles = [2**n * jnp.pi * wide for n in self.fourier]
+        waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]
+        return jnp.concatenate([wide, *waves], axis=-1)
+
     def _check(self, x: Array) -> None:
         if x.ndim != 4 or any(side < 8 or side % 2 for side in x.shape[1:3]):
             raise ValueError(
                 "x must be images [b, h, w, c] of even height and width, at least 8 pixels each, "
                 f"got shape {x.shape}"
             )
+        if any(n < 0 for n in self.fourier):
+            raise ValueError(f"fourier must be exponents of at least 0, got {self.fourier}")
         if any(m * self.width % self.heads for m in self.multipliers):
             raise ValueError(
                 f"heads must divide the channels of every level, {self.width} × {self.multipliers},"

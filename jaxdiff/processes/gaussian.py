@@ -16,7 +16,7 @@ from jaxdiff import schedules, struct
 from jaxdiff.distributions import Normal, root
 from jaxdiff.processes.base import Denoised, Denoiser
 from jaxdiff.schedules import Schedule
-from jaxdiff.typing import Array, Data, State, Time
+from jaxdiff.typing import Array, Data, Scalar, State, Time
 
 __all__ = ["Gaussian", "Rescaled"]
 
@@ -27,18 +27,22 @@ class Gaussian:
 
     Attributes:
         schedule: t ↦ (α, σ); see `jaxdiff.schedules`.
+        prior_mean: what the prior takes for the mean of the data: a scalar or an array of their
+            shape. A process that keeps α(1) > 0 keeps the mean, and its prior is better for
+            knowing it.
     """
 
     schedule: Schedule
+    prior_mean: Scalar = 0.0
 
     def prior(self, shape: tuple[int, ...]) -> Normal:
-        """p(x_1) = N(0, σ(1)²): what the marginal tends to once the data are drowned.
+        """p(x_1) = N(α(1) m, σ(1)²): what the marginal tends to once the data are drowned.
 
         Args:
             shape: of one state, or of a batch of them.
         """
-        _, sigma = self.schedule(jnp.ones(()))
-        return Normal(jnp.zeros(shape, sigma.dtype), sigma)
+        alpha, sigma = self.schedule(jnp.ones(()))
+        return Normal(jnp.broadcast_to(alpha * self.prior_mean, shape).astype(sigma.dtype), sigma)
 
     def marginal(self, x0: Data, t: Time) -> Normal:
         """q(x_t | x_0) = N(α x_0, σ²)."""

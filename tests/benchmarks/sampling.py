@@ -143,7 +143,7 @@ def contenders(net, steps: int, batch: int, repeats_of_bare: int) -> dict[str, C
             lambda: jd.log_likelihood(
                 process, denoise, 0.5 * jnp.tanh(x), key=key, probes=1, t0=1e-3
             ),
-            int(likelihood.num_evaluations),
+            int(likelihood.num_evaluations[0]),
             "bare network and jvp, in a scan",
         ),
         "textbook DDIM scan": Contender(
