@@ -336,7 +336,10 @@ def test_help_lists_every_field_with_its_default(path, capsys, tmp_path, monkeyp
         if name in ("shape", "levels") and field.default is None:
             assert f"--{name} " not in shown  # the data decide
             continue
-        option = shown.partition(f" --{name.replace('_', '-')} ")[2].partition(" --")[0]
+        flag = f" --{name.replace('_', '-')}"
+        # A flag has two forms: --log, --no-log.
+        both = f"{flag}, --no-{flag[3:]} "
+        option = shown.partition(both if both in shown else f"{flag} ")[2].partition(" --")[0]
         assert f"(default: {written})" in option, name
     assert not list(tmp_path.iterdir())
 
