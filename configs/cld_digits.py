@@ -60,8 +60,6 @@ def experiment(config: Config) -> jd.Experiment:
         time_sampler=jd.time_samplers.log_uniform(),
     )
 
-    accuracy = {"probes": config.probes, "controller": adaptive(config.tolerance)}
-
     def denoiser(params):
         return jd.NetDenoiser(params, process, net.apply, parameterization)
 
@@ -71,8 +69,18 @@ def experiment(config: Config) -> jd.Experiment:
         z = jd.sample(jd.SSCS(process), denoiser(params), grid, noise, z, **options)
         return z[..., 0, :, :, :]
 
-    def estimate(params, keys, x):
-        return jd.joint_bound(process, denoiser(params), keys, x, **accuracy)
+    def estimate(
+        params, keys, x, *, probes=config.probes, tolerance=config.tolerance, per_example=False
+    ):
+        return jd.joint_bound(
+            process,
+            denoiser(params),
+            keys,
+            x,
+            probes=probes,
+            controller=adaptive(tolerance),
+            per_example=per_example,
+        )
 
     return image_experiment(
         config,
@@ -85,5 +93,6 @@ def experiment(config: Config) -> jd.Experiment:
         run=run,
         grid=grid,
         estimate=estimate,
+        sweeps={"tolerance": (1e-2, 1e-3, 1e-4), "probes": (1, 2, 4, 8)},
         further={"probes": lambda: config.probes},
     )

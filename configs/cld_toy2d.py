@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 import jaxdiff as jd
 from jaxdiff.recipes import MLPOptions, ToyOptions, TrainingOptions, at_least, toy_experiment
+from jaxdiff.solve import adaptive
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,15 @@ def experiment(config: Config) -> jd.Experiment:
         z = jd.sample(jd.SSCS(process), denoiser(params), grid, noise, z, **options)
         return unit * z[..., 0, :]
 
-    def estimate(params, keys, x):
-        bound = jd.joint_bound(process, denoiser(params), keys, x / unit)
+    def estimate(params, keys, x, *, tolerance=1e-5, per_example=False):
+        bound = jd.joint_bound(
+            process,
+            denoiser(params),
+            keys,
+            x / unit,
+            controller=adaptive(tolerance),
+            per_example=per_example,
+        )
         return bound._replace(value=bound.value - 2.0 * math.log(unit))
 
     return toy_experiment(
@@ -81,4 +89,5 @@ def experiment(config: Config) -> jd.Experiment:
         run=run,
         grid=grid,
         estimate=estimate,
+        sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5)},
     )

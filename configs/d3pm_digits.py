@@ -122,7 +122,7 @@ def experiment(config: Config) -> jd.Experiment:
         run=run,
         grid=grid,
         estimate=estimate,
-        dequantized=False,
+        place=lambda keys, tokens: jax.vmap(process.one_hot)(tokens),
         further=further,
     )
 

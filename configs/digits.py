@@ -57,8 +57,6 @@ def experiment(config: Config) -> jd.Experiment:
         time_sampler=jd.time_samplers.low_discrepancy(),
     )
 
-    accuracy = {"probes": config.probes, "controller": adaptive(config.tolerance)}
-
     def denoiser(params):
         return jd.NetDenoiser(params, process, net.apply, parameterization)
 
@@ -68,8 +66,18 @@ def experiment(config: Config) -> jd.Experiment:
         step = jd.DDIM(process, eta=1.0)
         return jd.sample(step, denoiser(params), grid, noise, x, **options)
 
-    def estimate(params, keys, x):
-        return jd.log_likelihood(process, denoiser(params), x, key=keys, **accuracy)
+    def estimate(
+        params, keys, x, *, probes=config.probes, tolerance=config.tolerance, per_example=False
+    ):
+        return jd.log_likelihood(
+            process,
+            denoiser(params),
+            x,
+            key=keys,
+            probes=probes,
+            controller=adaptive(tolerance),
+            per_example=per_example,
+        )
 
     return image_experiment(
         config,
@@ -82,5 +90,6 @@ def experiment(config: Config) -> jd.Experiment:
         run=run,
         grid=grid,
         estimate=estimate,
+        sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5), "probes": (1, 2, 4, 8)},
         further={"probes": lambda: config.probes},
     )

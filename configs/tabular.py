@@ -33,7 +33,10 @@ import jaxdiff as jd
 from jaxdiff import evaluation, metrics, plotting
 from jaxdiff.data.batches import Batches
 from jaxdiff.data.tabular import load_table, whitening
-from jaxdiff.recipes import MLPOptions, TrainingOptions, at_least
+from jaxdiff.data_likelihood import likelihood_rows
+from jaxdiff.experiment import Likelihood
+from jaxdiff.recipes import MLPOptions, TrainingOptions, at_least, samplers
+from jaxdiff.solve import adaptive
 
 
 @dataclass(frozen=True)
@@ -117,71 +120,62 @@ def experiment(config: Config) -> jd.Experiment:
     def denoiser(params):
         return jd.NetDenoiser(params, process, average, parameterization)
 
-    def log_density(params, rows):
-        """Of rows in the table's units, [n]; and network calls."""
-        z, log_det = white.forward(rows)
-        chunks = evaluation.in_chunks(
-            # The default solver, tolerance, t0 = 1e-5 and exact trace.
-            lambda _, z: jd.log_likelihood(process, denoiser(params), z),
-            jax.random.key(0),
-            len(z),
-            jnp.asarray(z, jnp.float32),
+    def estimate(params, keys, rows, *, tolerance=1e-5, per_example=False):
+        # The default solver, t0 = 1e-5 and exact trace.
+        found = jd.log_likelihood(
+            process,
+            denoiser(params),
+            rows["z"],
+            controller=adaptive(tolerance),
+            per_example=per_example,
         )
-        value = np.concatenate([chunk.value for chunk in chunks]).astype(np.float64)
-        calls = max(int(chunk.num_evaluations.max()) for chunk in chunks)
-        return value + log_det + np.log(table.unit).sum(), calls
+        return found._replace(value=found.value + rows["log_det"])
 
-    def gaussian(rows):
+    def examples(split, key):
+        """Rows whitened, in double precision on the host, and what that does to the density."""
+        rows = getattr(table, split)[: config.eval_rows]
         z, log_det = white.forward(rows)
+        log_det = log_det + np.log(table.unit).sum()
+        return {"z": jnp.asarray(z, jnp.float32), "log_det": jnp.asarray(log_det, jnp.float32)}
+
+    def against_gaussian(rows, nll):
+        z = np.asarray(rows["z"], np.float64)
         normal = -0.5 * (z**2).sum(1) - 0.5 * dim * np.log(2 * np.pi)
-        return normal + log_det + np.log(table.unit).sum()
+        fit = normal + np.asarray(rows["log_det"], np.float64)
+        gain, gain_stderr = metrics.mean_and_stderr(-nll - fit)
+        return {
+            "log_likelihood": -float(nll.mean()),
+            "gaussian": float(fit.mean()),
+            "gain": gain,
+            "gain_stderr": gain_stderr,
+        }
+
+    likelihood = Likelihood(
+        examples=examples,
+        estimate=estimate,
+        further=against_gaussian,
+        sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5)},
+    )
 
     def run(params, keys, **options):
         x = jax.vmap(process.prior((dim,)).sample)(keys)
         return jd.sample(jd.DDIM(process), denoiser(params), grid, keys, x, **options)
 
-    def sample(params, key, num):
-        run_chunk = functools.partial(run, params)
-        return jnp.concatenate(evaluation.in_chunks(run_chunk, key, num, size=1000))
-
-    def trajectory(params, key, num):
-        states = run(params, jax.random.split(key, num), trajectory=True)
-        frames = jnp.linspace(0, len(grid) - 1, 8).astype(int)
-        return states[frames], grid[frames]
-
-    def likelihood(params, rows):
-        rows = rows[: config.eval_rows]
-        value, calls = log_density(params, rows)
-        fit = gaussian(rows)
-        mean, stderr = metrics.mean_and_stderr(value)
-        gain, gain_stderr = metrics.mean_and_stderr(value - fit)
-        return {
-            "log_likelihood": mean,
-            "log_likelihood_stderr": stderr,
-            "gaussian": float(fit.mean()),
-            "gain": gain,
-            "gain_stderr": gain_stderr,
-            "rows": len(rows),
-            "network_calls": calls,
-        }
+    sample, trajectory = samplers(run, grid, size=1000)
 
     def validate(params):
-        value, _ = log_density(params, table.validation[: config.eval_rows])
-        return {"log_likelihood": float(value.mean())}
+        key = jax.random.key(0)
+        rows = likelihood_rows(likelihood, params, examples("validation", key), key)
+        return {"log_likelihood": -float(np.nanmean(rows["nll_nats"]))}
 
     def evaluate(params, key):
         sample_key, null_key = jax.random.split(key)
-        test = jnp.asarray(white.forward(table.test[: evaluation.MOST])[0], jnp.float32)
-        train = jnp.asarray(white.forward(table.train[: evaluation.MOST])[0], jnp.float32)
-        count = min(len(train), len(test))
-        drawn = sample(params, sample_key, count)
-        energy = metrics.energy_distance(drawn, test)
-        null = metrics.energy_null(null_key, train, test, count)
-        return {
-            "likelihood": likelihood(params, table.test),
-            "validation": likelihood(params, table.validation),
-            "samples": {"samples": count, "energy_distance": energy, "energy_null": null},
-        }
+        train, test = (
+            jnp.asarray(white.forward(rows[: evaluation.MOST])[0], jnp.float32)
+            for rows in (table.train, table.test)
+        )
+        drawn = sample(params, sample_key, min(len(train), len(test)))
+        return {"samples": evaluation.energies(drawn, test, train, null_key)}
 
     def draw(z, path):
         """The first two columns, in their units, beside the training rows'."""
@@ -202,6 +196,7 @@ def experiment(config: Config) -> jd.Experiment:
         sample=sample,
         trajectory=trajectory,
         evaluate=evaluate,
+        likelihood=likelihood,
         draw=draw,
         draw_trajectory=lambda states, path, **options: plotting.point_trajectory(
             states[..., :2], path, **options

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 import jaxdiff as jd
 from jaxdiff.recipes import MLPOptions, ToyOptions, TrainingOptions, at_least, toy_experiment
+from jaxdiff.solve import adaptive
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,15 @@ def experiment(config: Config) -> jd.Experiment:
         x = jax.vmap(process.prior((2,)).sample)(keys)
         return jd.sample(jd.DDIM(process), denoiser(params), grid, keys, x, **options)
 
-    def estimate(params, keys, x):
-        # The default solver, controller, t0 = 1e-5 and exact trace.
-        return jd.log_likelihood(process, denoiser(params), x)
+    def estimate(params, keys, x, *, tolerance=1e-5, per_example=False):
+        # The default solver, t0 = 1e-5 and exact trace.
+        return jd.log_likelihood(
+            process,
+            denoiser(params),
+            x,
+            controller=adaptive(tolerance),
+            per_example=per_example,
+        )
 
     return toy_experiment(
         config,
@@ -75,4 +82,5 @@ def experiment(config: Config) -> jd.Experiment:
         run=run,
         grid=grid,
         estimate=estimate,
+        sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5)},
     )

@@ -102,5 +102,5 @@ def experiment(config: Config) -> jd.Experiment:
         run=run,
         grid=grid,
         estimate=estimate,
-        dequantized=False,
+        place=lambda keys, x: to_model(x, levels),
     )

@@ -21,6 +21,7 @@ import tyro
 from jax.sharding import Mesh
 
 from jaxdiff.checkpoints import CheckpointError, restore_ema
+from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import Experiment, load_config, load_run, save_run
 from jaxdiff.parallel import check_divisible, data_mesh
 from jaxdiff.training import Batches, NonFiniteLoss, fit, init_state, make_train_step
@@ -37,6 +38,8 @@ USAGE = """usage: jaxdiff COMMAND …
 CONFIG is a Python file such as configs/digits.py. `jaxdiff train CONFIG --help` lists its options,
 with their defaults; the same call goes on with a run that was interrupted.
 """
+
+SPLITS = ("train", "validation", "test")
 
 T = TypeVar("T")
 
@@ -141,7 +144,9 @@ def _train(words: Sequence[str]) -> None:
     picture = options.workdir / "samples.png"
     _draw_samples(experiment, params, picture, num=experiment.shown[0], seed=experiment.seed)
     _draw_trajectory(experiment, params, options.workdir / "trajectory.png", seed=experiment.seed)
-    _write_report(experiment, params, options.workdir / "eval.json", seed=experiment.seed)
+    _evaluate_run(
+        experiment, params, options.workdir, seed=experiment.seed, progress=options.progress
+    )
 
 
 def _keep_compiled(folder: Path) -> None:
@@ -200,10 +205,27 @@ def _draw_trajectory(experiment: Experiment, params: Params, path: Path, *, seed
     print(f"wrote {path}")
 
 
-def _write_report(experiment: Experiment, params: Params, path: Path, *, seed: int) -> None:
+def _evaluate_run(
+    experiment: Experiment,
+    params: Params,
+    run: Path,
+    *,
+    seed: int,
+    split: str = "test",
+    progress: bool,
+) -> None:
     since = time.perf_counter()
-    report = experiment.evaluate(params, jax.random.key(seed))
+    report = evaluate(
+        experiment,
+        params,
+        jax.random.key(seed),
+        split=split,
+        folder=run,
+        mesh=data_mesh() if jax.device_count() > 1 else None,
+        progress=progress,
+    )
     report["seconds"] = time.perf_counter() - since
+    path = run / ("eval.json" if split == "test" else f"eval_{split}.json")
     text = json.dumps(report, indent=2)
     path.write_text(text + "\n")
     print(text)
@@ -241,21 +263,39 @@ def _sample(words: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _EvaluateOptions:
-    """Evaluates a trained run into its eval.json."""
+    """Evaluates a trained run: eval.json, a row an example in likelihood_SPLIT.csv, and pictures.
+
+    The same call goes on with rows that were interrupted.
+    """
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    split: str = "test"
+    """train, validation or test; of the first two the likelihood only, into eval_SPLIT.json."""
     seed: int = 0
     """Seed of noise and probes."""
+    progress: bool = True
+    """Show a progress bar."""
 
 
 def _evaluate(words: Sequence[str]) -> None:
     options = _parse(_EvaluateOptions, words, "jaxdiff eval")
     with _mistakes():
         _check_seed(options.seed)
+        if options.split not in SPLITS:
+            raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {options.split!r}.")
         experiment = load_run(options.run)
+        if options.split != "test" and experiment.likelihood is None:
+            raise ValueError(f"--split {options.split}: RUN {options.run} has no likelihood.")
     params = _parameters(experiment, options.run)
-    _write_report(experiment, params, options.run / "eval.json", seed=options.seed)
+    _evaluate_run(
+        experiment,
+        params,
+        options.run,
+        seed=options.seed,
+        split=options.split,
+        progress=options.progress,
+    )
 
 
 def _check_seed(seed: int) -> None:

@@ -7,141 +7,102 @@ beside what real data give for the same statistic.
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxdiff import metrics
+from jaxdiff import metrics, plotting
 from jaxdiff.compile import jit
 from jaxdiff.data.images import Images, from_model, to_model
+from jaxdiff.data_likelihood import (
+    in_chunks,
+    likelihood_report,
+    likelihood_rows,
+    likelihood_sweeps,
+)
+from jaxdiff.experiment import Experiment
 from jaxdiff.processes.base import Denoiser, Process
-from jaxdiff.typing import Array, Key
+from jaxdiff.typing import Array, Key, Params
 
 __all__ = [
     "MOST",
-    "density_report",
+    "energies",
     "energy_report",
-    "in_chunks",
-    "likelihood_report",
+    "evaluate",
     "noise_levels",
     "overfitting_report",
     "sample_report",
 ]
 
-Estimate = Callable[[Key, Array], Any]
-"""(keys [n], x [n, …]) ↦ an object with .value [n], log p or a bound of it in nats."""
-
 MOST = 5000
 """Images that a statistic quadratic in their number is given."""
 
 
-def in_chunks(
-    run: Callable[..., Any], key: Key, count: int, *arrays: Any, size: int = 256
-) -> list[Any]:
-    """Runs run(keys, *parts) over chunks of equal size, and cuts the excess off the last.
-
-    Example i has the key fold_in(key, i) whatever the chunk size, and one compiled program serves
-    all chunks.
-
-    Args:
-        run: (keys [size], *parts [size, …]) ↦ a pytree of arrays [size, …] and scalars.
-        key: the key of all.
-        count: number of examples n, ≥ 1.
-        *arrays: arrays [n, …], cut into chunks alongside.
-        size: examples at a time, ≥ 1.
-
-    Returns:
-        The result of each chunk, arrays of the last cut to what is left.
-    """
-    size = min(size, count)
-    results = []
-    for first in range(0, count, size):
-        # The last chunk starts earlier, to have the same shape, and drops what came before.
-        begin = min(first, count - size)
-        index = jnp.arange(begin, begin + size)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
-        result = run(keys, *(array[begin : begin + size] for array in arrays))
-        fresh = first - begin
-        results.append(jax.tree.map(lambda a, n=fresh: a[n:] if jnp.ndim(a) else a, result))
-    return results
-
-
-def likelihood_report(
-    estimate: Estimate, x: Array, key: Key, *, levels: int | None = None, size: int = 256
+def evaluate(
+    experiment: Experiment,
+    params: Params,
+    key: Key,
+    *,
+    split: str = "test",
+    folder: Path | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Negative log-likelihood of data, or a bound of it, in nats and bits/dim.
+    """The report of a run: the likelihood of a split and, with that of the test data, all else.
 
     Args:
-        estimate: (keys [m], x [m, …]) ↦ .value [m] in nats; and, where they apply, .stderr [m] of
-            its probes and .num_evaluations, network calls.
-        x: the data [n, …], n ≥ 2.
-        key: of the estimate's noise.
-        levels: of dequantised data in [−1, 1], the number of grey levels; None for classes, of
-            which `estimate` has the probability.
-        size: examples at a time.
+        experiment: the run.
+        params: its parameters.
+        key: of all noise.
+        split: "train", "validation" or "test".
+        folder: where to keep `likelihood_SPLIT.csv`, a row an example, which is gone on with if it
+            was begun, and pictures: `likelihood_SPLIT.png` and `overfitting.png`.
+        mesh: devices that share the likelihood's work.
+        progress: whether to show a bar.
 
     Returns:
-        Means with their standard errors over examples, the probes' own mean standard error, and the
-        largest number of network calls of a chunk.
+        "likelihood", and what `experiment.evaluate` tells.
     """
-    nll, chunks = _nll(estimate, x, key, size)
-    dim = math.prod(x.shape[1:])
-    bits = nll / (dim * math.log(2.0)) if levels is None else metrics.bits_per_dim(nll, dim, levels)
-    mean, stderr = metrics.mean_and_stderr(nll)
-    bits_mean, bits_stderr = metrics.mean_and_stderr(np.asarray(bits, np.float64))
-    report: dict[str, Any] = {
-        "nll_nats": mean,
-        "nll_nats_stderr": stderr,
-        "bits_per_dim": bits_mean,
-        "bits_per_dim_stderr": bits_stderr,
-        "dequantisation": None if levels is None else "uniform",
-        "levels": levels,
-        "images": len(nll),
-    }
-    if hasattr(chunks[0], "num_evaluations"):
-        probes = np.concatenate([chunk.stderr for chunk in chunks])
-        report |= {
-            # One probe has no spread to tell its error by.
-            "probe_stderr_nats": float(probes.mean()) if np.isfinite(probes).all() else None,
-            "network_calls": max(int(chunk.num_evaluations.max()) for chunk in chunks),
-        }
+    data_key, likelihood_key, rest_key = jax.random.split(key, 3)
+    report: dict[str, Any] = {}
+    if (likelihood := experiment.likelihood) is not None:
+        examples = likelihood.examples(split, data_key)
+        path = None if folder is None else folder / f"likelihood_{split}.csv"
+        rows = likelihood_rows(
+            likelihood, params, examples, likelihood_key, path=path, mesh=mesh, progress=progress
+        )
+        found = likelihood_report(likelihood, examples, rows)
+        sweeps = likelihood_sweeps(likelihood, params, examples, likelihood_key)
+        report["likelihood"] = found | ({"sweeps": sweeps} if sweeps else {})
+        if path is not None and "nll_nats" in found:
+            plotting.likelihood(rows["nll_nats"], path.with_suffix(".png"), sweeps=sweeps)
+    if split == "test":
+        report |= experiment.evaluate(params, rest_key)
+        if folder is not None and "overfitting" in report:
+            plotting.loss_by_noise(report["overfitting"]["levels"], folder / "overfitting.png")
     return report
 
 
-def density_report(
-    estimate: Estimate, density: Any, count: int, key: Key, *, size: int = 1000
-) -> dict[str, Any]:
-    """Negative log-likelihood of fresh points of a known density, in nats, beside its entropy.
+def energies(drawn: Any, fresh: Any, pool: Any, key: Key) -> dict[str, Any]:
+    """Energy distance of samples to fresh data, beside that of as many real data of a pool.
 
     Args:
-        estimate: as in `likelihood_report`.
-        density: with `sample(key, n)`, `log_prob(x)` of one point, and `entropy` in nats.
-        count: number of points, ≥ 2.
-        key: of points and the estimate's noise.
-        size: points at a time.
-
-    Returns:
-        The mean, its excess over the entropy, and the Kullback–Leibler divergence, with standard
-        errors over points, and the largest number of network calls of a chunk.
+        drawn: samples [n, …].
+        fresh: data [m, …] that the model has not seen.
+        pool: further data, at least n.
+        key: draws the subsets of the null.
     """
-    x = density.sample(key, count)
-    nll, chunks = _nll(estimate, x, key, size)
-    mean, stderr = metrics.mean_and_stderr(nll)
-    # On the same points most of the statistical error cancels.
-    kl, kl_stderr = metrics.mean_and_stderr(
-        nll + np.asarray(jax.vmap(density.log_prob)(x), np.float64)
-    )
+    energy = metrics.energy_distance(drawn, fresh)
+    null = metrics.energy_null(key, pool, fresh, len(drawn))
     return {
-        "nll": mean,
-        "nll_stderr": stderr,
-        "entropy": float(density.entropy),
-        "gap": mean - float(density.entropy),
-        "kl": kl,
-        "kl_stderr": kl_stderr,
-        "points": len(nll),
-        "network_calls": max(int(chunk.num_evaluations.max()) for chunk in chunks),
+        "samples": len(drawn),
+        "energy_distance": energy,
+        "energy_null": null,
+        "energy_over_null": energy / null,
     }
 
 
@@ -149,7 +110,7 @@ def energy_report(samples: Array, density: Any, key: Key) -> dict[str, Any]:
     """Energy distance of samples to as many fresh points of a density, beside its null."""
     fresh_key, pool_key, null_key = jax.random.split(key, 3)
     num = len(samples)
-    return _energies(
+    return energies(
         samples, density.sample(fresh_key, num), density.sample(pool_key, 4 * num), null_key
     )
 
@@ -174,7 +135,7 @@ def sample_report(samples: Array, train: Images, test: Images, key: Key) -> dict
     drawn = np.asarray(to_model(from_model(samples, train.levels), train.levels))
     seen = np.asarray(to_model(train.x[:MOST], train.levels))
     fresh = np.asarray(to_model(test.x[:MOST], test.levels))
-    report = _energies(drawn, fresh, seen, key)
+    report = energies(drawn, fresh, seen, key)
     if train.label is not None:
         report |= _classified(seen, train.label[:MOST], drawn, fresh)
     report["neighbours"] = metrics.memorisation(drawn, seen, fresh)
@@ -334,24 +295,6 @@ def _gap(train: np.ndarray, heldout: np.ndarray) -> dict[str, float]:
         "gap_stderr": gap_stderr,
         "ratio": heldout_mean / mean if mean > 0.0 else math.inf,
         "p_value": float(p_value),
-    }
-
-
-def _nll(estimate: Estimate, x: Array, key: Key, size: int) -> tuple[np.ndarray, list[Any]]:
-    """−log p of each example, and what each chunk said."""
-    chunks = in_chunks(estimate, key, len(x), x, size=size)
-    return -np.concatenate([chunk.value for chunk in chunks]).astype(np.float64), chunks
-
-
-def _energies(drawn: Any, fresh: Any, pool: Any, key: Key) -> dict[str, Any]:
-    """Energy distance of samples to fresh data, and that of real data from a pool."""
-    energy = metrics.energy_distance(drawn, fresh)
-    null = metrics.energy_null(key, pool, fresh, len(drawn))
-    return {
-        "samples": len(drawn),
-        "energy_distance": energy,
-        "energy_null": null,
-        "energy_over_null": energy / null,
     }
 
 

@@ -16,7 +16,7 @@ and the values as JSON, so that later commands need only the folder.
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,31 @@ import optax
 
 from jaxdiff.typing import Array, Key, Objective, Params
 
-__all__ = ["Experiment", "load_config", "load_run", "save_run"]
+__all__ = ["Experiment", "Likelihood", "load_config", "load_run", "save_run"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """What the likelihood of a run is computed of, and how.
+
+    Attributes:
+        examples: (split, key) ↦ a tree of arrays [n, …], n ≥ 2; split is "train", "validation" or
+            "test".
+        estimate: (parameters, keys [m], examples [m, …]) ↦ log p, or a bound of it, as .value [m]
+            in nats; and, where they apply, the other attributes of `LogLikelihood`.
+        bits: −log p in nats ↦ bits a dimension, or None.
+        further: (examples, −log p [n]) ↦ JSON-able entries of the report.
+        sweeps: option of `estimate` ↦ values of it: how accurate it is shown to be. One that has
+            "tolerance" solves an equation, and also takes `per_example=True`.
+        size: examples at a time.
+    """
+
+    examples: Callable[[str, Key], Any]
+    estimate: Callable[..., Any]
+    bits: Callable[[Any], Any] | None = None
+    further: Callable[[Any, Any], dict[str, Any]] = lambda examples, nll: {}
+    sweeps: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    size: int = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +70,8 @@ class Experiment:
         validate: (parameters) ↦ named numbers, at intervals.
         sample: (parameters, key, n) ↦ n samples in the model's space.
         trajectory: (parameters, key, n) ↦ (states [times, n, …] from noise to data, times).
-        evaluate: (parameters, key) ↦ a JSON-able report.
+        evaluate: (parameters, key) ↦ a JSON-able report of anything but the likelihood.
+        likelihood: of its data, or None.
         draw: (samples, path), writes a picture.
         draw_trajectory: (states, path, times=times), writes a picture.
         shown: samples in the pictures of samples and of trajectories.
@@ -69,6 +94,7 @@ class Experiment:
     evaluate: Callable[[Params, Key], dict[str, Any]]
     draw: Callable[[Array, Path], Any]
     draw_trajectory: Callable[..., Any]
+    likelihood: Likelihood | None = None
     shown: tuple[int, int] = (64, 8)
     intervals: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

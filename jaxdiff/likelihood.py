@@ -17,9 +17,12 @@ replacement, estimate better than K independent ones, and all P rows give the tr
 **Solver.** A local error δx of the state, made at t, moves the result by how much log p_t changes
 over δx. The adjoint of the likelihood along its own flow is therefore the score, which is at hand:
 
-    error ≈ Σ over steps of δℓ + ∇log p_t(x) · δx,
+    |error| ≲ Σ over steps of |δℓ| + |∇log p_t(x) · δx| + rounding,
 
-with δℓ and δx the solver's own estimates. It costs no network call.
+with δℓ and δx the solver's own estimates. It costs no network call. Those estimates are of leading
+order: of the errors of a mixture's likelihood the sum is above 97 % at tolerances of 1e-5 and less
+in double precision, above 86 % at 1e-4 and less in single precision, but at 1e-3 above a third
+only, where it can be too small by half.
 
 **Cut-off.** The data are taken for states at t0, not at 0: the density is that of data blurred by
 the noise of t0, log p_{t0}(x) − log p_0(x) ≈ t0 ∂_t log p_t(x) = −t0 (∇·v + v · ∇log p_t(x)). At
@@ -33,7 +36,6 @@ mean, say so: `Gaussian(schedule, prior_mean=…)`.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffrax
@@ -41,7 +43,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxdiff import struct
+from jaxdiff import struct, trace
 from jaxdiff.compile import jit
 from jaxdiff.processes.base import SDE, Augmented, Denoiser, example_keys, score
 from jaxdiff.solve import adaptive, as_time, check_countable, integrate, one_by_one
@@ -49,20 +51,10 @@ from jaxdiff.typing import Key, Scalar, State
 
 __all__ = [
     "LogLikelihood",
-    "Probe",
-    "gaussian",
     "importance_weighted",
     "joint_bound",
     "log_likelihood",
-    "orthogonal",
-    "rademacher",
 ]
-
-Probe = Callable[[Key, int, tuple[int, ...], Any], tuple[Array, float]]
-"""(key, K, shape, dtype) ↦ K directions [K, *shape], and the share that they are of a whole set."""
-
-# Directions whose derivatives are held in memory at once for an exact trace.
-_BLOCK = 64
 
 
 class LogLikelihood(NamedTuple):
@@ -88,42 +80,6 @@ class LogLikelihood(NamedTuple):
     converged: Bool[Array, "b"]
 
 
-def rademacher(key: Key, count: int, shape: tuple[int, ...], dtype: Any) -> tuple[Array, float]:
-    """Independent signs: the least noise of independent probes, none from the diagonal.
-
-    References: Hutchinson 1989, doi:10.1080/03610918908812806.
-    """
-    return jax.random.rademacher(key, (count, *shape), dtype), 0.0
-
-
-def gaussian(key: Key, count: int, shape: tuple[int, ...], dtype: Any) -> tuple[Array, float]:
-    """Independent normal numbers: for the record, noisier than signs."""
-    return jax.random.normal(key, (count, *shape), dtype), 0.0
-
-
-def orthogonal(key: Key, count: int, shape: tuple[int, ...], dtype: Any) -> tuple[Array, float]:
-    """Rows of a Hadamard matrix with random signs, drawn without replacement.
-
-    The P rows, P the next power of two above the dimension, have the exact trace as their mean, and
-    each is distributed as `rademacher` has it. So K of them have (P − K)/(P − 1) of the variance of
-    K independent ones, and all of them none.
-
-    Raises:
-        ValueError: if there are fewer than `count` rows.
-    """
-    size = math.prod(shape)
-    whole = 1 << (size - 1).bit_length()
-    if count > whole:
-        raise ValueError(
-            f"probes must be at most {whole} for orthogonal ones in {size} dimensions, got {count}."
-        )
-    sign_key, row_key = jax.random.split(key)
-    rows = jax.random.choice(row_key, whole, (count, 1), replace=False)
-    odd = jax.lax.population_count(rows & jnp.arange(size)[None]) % 2
-    signs = jax.random.rademacher(sign_key, (1, size), dtype)
-    return ((1 - 2 * odd).astype(dtype) * signs).reshape(count, *shape), count / whole
-
-
 def log_likelihood(
     process: SDE,
     denoise: Denoiser,
@@ -131,7 +87,7 @@ def log_likelihood(
     *,
     key: Key | None = None,
     probes: int | None = None,
-    probe: Probe = orthogonal,
+    probe: trace.Probe = trace.orthogonal,
     t0: Scalar = 1e-5,
     t1: Scalar = 1.0,
     solver: diffrax.AbstractSolver | None = None,
@@ -152,7 +108,7 @@ def log_likelihood(
         key: for the probes: one key, or one an example [b].
         probes: K ≥ 1; None for the exact trace, which costs a derivative a dimension: forwards, or
             backwards where that is cheaper.
-        probe: the law of the probes: `orthogonal`, `rademacher` or `gaussian` of this module.
+        probe: the law of the probes: `orthogonal`, `rademacher` or `gaussian` of `jaxdiff.trace`.
         t0: where the data are placed, in (0, 1): a small time at which they are taken for x_{t0}.
         t1: where the prior is placed, in (t0, 1].
         solver: an explicit Runge–Kutta solver of diffrax; by default `Dopri5`.
@@ -327,34 +283,7 @@ def _divergence(process, denoise, t, x, directions):
             jax.vmap(lambda x, x0: score(process, x, x0, t))(x, x0),
         )
 
-    if directions is not None:
-        velocity, change, pull = jax.linearize(flow, x, has_aux=True)
-        slopes = jax.vmap(lambda e: _inner(e, change(e)), 1, 1)(directions)
-        return velocity, slopes, pull
-
-    size = x[0].size
-    if _backwards(flow, x):
-        velocity, pullback, pull = jax.vjp(flow, x, has_aux=True)
-        change = lambda e: pullback(e)[0]  # noqa: E731
-    else:
-        velocity, change, pull = jax.linearize(flow, x, has_aux=True)
-
-    def diagonal(i):
-        e = jnp.broadcast_to(jax.nn.one_hot(i, size, dtype=x.dtype).reshape(x.shape[1:]), x.shape)
-        return _inner(e, change(e))
-
-    slopes = jax.lax.map(diagonal, jnp.arange(size), batch_size=min(size, _BLOCK))
-    return velocity, jnp.sum(slopes, axis=0)[:, None], pull
-
-
-def _backwards(flow, x) -> bool:
-    """Whether derivatives are cheaper backwards, where D of them are wanted.
-
-    For perceptrons of more than a few dimensions they are. Of a convolution they are not on a CPU,
-    where its transpose is many times slower inside a loop.
-    """
-    convolves = "conv_general_dilated" in str(jax.make_jaxpr(flow)(x))
-    return x[0].size > 8 and not (convolves and jax.default_backend() == "cpu")
+    return trace.quadratic_forms(flow, x, directions)
 
 
 def _state_and_volume(state):
@@ -367,11 +296,6 @@ def _local_error(y0, y1, error, dt):
     x, volume, _ = y1
     pull = (y1[2] - y0[2]) / dt
     rounding = jnp.finfo(x.dtype).eps * (
-        jnp.mean(jnp.abs(volume), axis=1) + jnp.sqrt(_inner(pull**2, x**2))
+        jnp.mean(jnp.abs(volume), axis=1) + jnp.sqrt(trace.inner(pull**2, x**2))
     )
-    return jnp.abs(jnp.mean(error[1], axis=1)) + jnp.abs(_inner(pull, error[0])) + rounding
-
-
-def _inner(a, b):
-    """The inner product of each example."""
-    return jnp.sum((a * b).reshape(a.shape[0], -1), axis=-1)
+    return jnp.abs(jnp.mean(error[1], axis=1)) + jnp.abs(trace.inner(pull, error[0])) + rounding

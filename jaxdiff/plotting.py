@@ -25,6 +25,7 @@ __all__ = [
     "histogram",
     "image_grid",
     "interpolation_grid",
+    "likelihood",
     "loss_by_noise",
     "point_trajectory",
     "points",
@@ -227,6 +228,53 @@ def histogram(
     ax.set_xlabel(xlabel)
     ax.set_ylabel("density")
     ax.legend()
+    return _save(figure, path)
+
+
+def likelihood(
+    nll: Samples,
+    path: Target = None,
+    *,
+    sweeps: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> "Figure":
+    """Negative log-likelihoods of a data set, and how accurately they are known.
+
+    Args:
+        nll: [n], n ≥ 1, in nats; numbers that are not finite are left out.
+        path: where to write the plot, as .png, .pdf or .svg; None to only return it.
+        sweeps: from `likelihood_sweeps`: a panel for each option of the estimate, with the mean
+            against its values and bars of what the estimate itself states: two standard errors of
+            the probes and the solver's error.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: nll has no finite number or is not [n].
+    """
+    numbers, sweeps = _finite(nll, "nll"), sweeps or {}
+    figure = _figure(5.0 * (1 + len(sweeps)), 4.0)
+    axes = figure.subplots(1, 1 + len(sweeps), squeeze=False)[0]
+    axes[0].hist(numbers, 40)
+    axes[0].axvline(numbers.mean(), color="black", linewidth=1)
+    axes[0].set_xlabel(f"−log p, nats; mean {numbers.mean():.2f}")
+    axes[0].set_ylabel("examples")
+    for ax, (name, rows) in zip(axes[1:], sweeps.items(), strict=True):
+        told = [row for row in rows if row["nll_nats"] is not None]
+        bars = [2 * (row["nll_nats_stderr"] or 0) + (row["solver_error_nats"] or 0) for row in told]
+        ax.errorbar(
+            [row[name] for row in told],
+            [row["nll_nats"] for row in told],
+            yerr=bars,
+            marker="o",
+            capsize=3,
+        )
+        for row in told:
+            ax.annotate(f"{row['calls']} calls", (row[name], row["nll_nats"]), fontsize=8)
+        ax.set_xscale("log")
+        ax.set_xlabel(name)
+        ax.set_ylabel("mean −log p, nats, of the first examples")
+        ax.grid(alpha=0.3)
     return _save(figure, path)
 
 

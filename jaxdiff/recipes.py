@@ -12,20 +12,23 @@ A config of your own may use them, or not.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
-from jaxdiff import evaluation, networks, plotting
+from jaxdiff import evaluation, metrics, networks, plotting
 from jaxdiff.data.batches import Batches, FreshBatches
-from jaxdiff.data.images import Images, dequantize, load_images, to_model
+from jaxdiff.data.images import Images, dequantize, load_images
 from jaxdiff.data.toys import TOYS, Toy
-from jaxdiff.experiment import Experiment
+from jaxdiff.data_likelihood import in_chunks
+from jaxdiff.experiment import Experiment, Likelihood
 from jaxdiff.training import make_eval_step, warmup_cosine_adam
 from jaxdiff.typing import Array, Key, Objective, Params
 
@@ -38,6 +41,7 @@ __all__ = [
     "at_least",
     "image_experiment",
     "open_images",
+    "samplers",
     "toy_experiment",
 ]
 
@@ -45,6 +49,9 @@ Config = TypeVar("Config", bound="ImageOptions")
 
 Run = Callable[..., Array]
 """(params, keys [n], **options of `sample`) ↦ samples."""
+
+Place = Callable[[Key, Array], Array]
+"""(keys [n], grey levels [n, h, w, c]) ↦ x_0 [n, …]."""
 
 Splits = Callable[[str], Images]
 """Name of a split ↦ its images, loaded once."""
@@ -231,8 +238,9 @@ def image_experiment(
     held_out_loss: Objective,
     run: Run,
     grid: Array,
-    estimate: Callable[[Params, Key, Array], Any],
-    dequantized: bool = True,
+    estimate: Callable[..., Any],
+    place: Place | None = None,
+    sweeps: Mapping[str, Sequence[float]] | None = None,
     further: Mapping[str, Any] | None = None,
     **parts: Any,
 ) -> Experiment:
@@ -246,29 +254,46 @@ def image_experiment(
         run: (params, keys [n], **options of `sample`) ↦ images [n, h, w, c] in model space, or all
             of the trajectory.
         grid: its times.
-        estimate: (params, keys [n], x [n, h, w, c]) ↦ log p or a bound of it.
-        dequantized: whether losses and estimate take grey levels as points of [−1, 1], uniform in
-            their cells and drawn anew each time; if not, they take the levels themselves.
+        estimate: (params, keys [n], x [n, h, w, c], **options) ↦ log p or a bound of it.
+        place: (keys [n], grey levels [n, h, w, c]) ↦ x_0 [n, …] of the process, for a model of the
+            levels themselves: losses and estimate then take these. By default they take points of
+            [−1, 1], uniform in the cells of the levels and drawn anew each time.
+        sweeps: of `Likelihood`.
         further: added to the report of the likelihood, when it is made: name ↦ () ↦ value.
         **parts: `init`, `process` and `denoiser` of `Experiment`.
 
     Raises:
         ValueError: for an option outside its range.
     """
+    dim = math.prod(config.shape)
+
+    def in_cells(keys, x):
+        return dequantize(keys, x, config.levels)
 
     def continuous(objective: Objective) -> Objective:
-        def of_levels(params, key, batch):
+        def of_points(params, key, batch):
             level_key, key = jax.random.split(key)
-            x = dequantize(level_key, batch["x"], config.levels)
-            return objective(params, key, batch | {"x": x})
+            return objective(params, key, batch | {"x": in_cells(level_key, batch["x"])})
 
-        return of_levels if dequantized else objective
+        return of_points if place is None else objective
 
-    def estimate_of_levels(params, keys, x):
-        if not dequantized:
-            return estimate(params, keys, x)
-        level_keys, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        return estimate(params, keys, dequantize(level_keys, x, config.levels))
+    def estimate_of_levels(params, keys, x, **options):
+        if place is None:
+            level_keys, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+            x = in_cells(level_keys, x)
+        return estimate(params, keys, x, **options)
+
+    def bits(nll):
+        if place is None:
+            return metrics.bits_per_dim(nll, dim, config.levels)
+        return nll / (dim * math.log(2.0))
+
+    def entries(x, nll):
+        given = {"dequantisation": "uniform"} if place is None else {}
+        return given | {"levels": config.levels} | {n: get() for n, get in (further or {}).items()}
+
+    def levels_of(split):
+        return jnp.asarray(images(split).x[: config.eval_images], int)
 
     def batches():
         train = images("train")
@@ -282,51 +307,30 @@ def image_experiment(
                 raise ValueError(f"dataset {config.dataset} has too few images for its {split}.")
         return Batches({"x": train.x}, config.batch_size, seed=config.seed)
 
-    def overfitting(params, train, test, key):
-        denoise = parts["denoiser"](params)
-        # A learned schedule belongs to the parameters.
-        process = getattr(denoise, "process", parts["process"])
-        one_hot = getattr(process, "one_hot", None)
-
-        def place(keys, x):
-            if dequantized:
-                return dequantize(keys, x, config.levels)
-            return to_model(x, config.levels) if one_hot is None else jax.vmap(one_hot)(x)
-
-        return evaluation.overfitting_report(
-            process,
-            denoise,
-            jnp.asarray(train.x[: config.eval_images], int),
-            jnp.asarray(test.x[: config.eval_images], int),
-            key,
-            place=place,
-        )
-
     eval_step = make_eval_step(continuous(held_out_loss))
 
     def validate(params):
         held_out = images("validation").x[:1024]
         return {"loss": float(eval_step(params, jax.random.key(2), {"x": held_out})["loss"])}
 
-    sample, trajectory = _samplers(run, grid, size=256)
+    sample, trajectory = samplers(run, grid, size=256)
 
     def evaluate(params, key):
-        sample_key, null_key, likelihood_key = jax.random.split(key, 3)
-        gap_key = jax.random.fold_in(key, 3)
+        sample_key, null_key, gap_key = jax.random.split(key, 3)
         train, test = images("train"), images("test")
         count = min(config.eval_samples, len(train.x), evaluation.MOST)
-        likelihood = evaluation.likelihood_report(
-            functools.partial(estimate_of_levels, params),
-            jnp.asarray(test.x[: config.eval_images], int),
-            likelihood_key,
-            levels=config.levels if dequantized else None,
-        )
         return {
-            "likelihood": likelihood | {name: get() for name, get in (further or {}).items()},
             "samples": evaluation.sample_report(
                 sample(params, sample_key, count), train, test, null_key
             ),
-            "overfitting": overfitting(params, train, test, gap_key),
+            "overfitting": evaluation.overfitting_report(
+                parts["process"],
+                parts["denoiser"](params),
+                levels_of("train"),
+                levels_of("test"),
+                gap_key,
+                place=place or in_cells,
+            ),
         }
 
     return config.experiment(
@@ -336,6 +340,13 @@ def image_experiment(
         sample=sample,
         trajectory=trajectory,
         evaluate=evaluate,
+        likelihood=Likelihood(
+            examples=lambda split, key: levels_of(split),
+            estimate=estimate_of_levels,
+            bits=bits,
+            further=entries,
+            sweeps=sweeps or {},
+        ),
         draw=plotting.image_grid,
         draw_trajectory=plotting.trajectory_grid,
         **parts,
@@ -349,7 +360,8 @@ def toy_experiment(
     objective: Objective,
     run: Run,
     grid: Array,
-    estimate: Callable[[Params, Key, Array], Any],
+    estimate: Callable[..., Any],
+    sweeps: Mapping[str, Sequence[float]] | None = None,
     **parts: Any,
 ) -> Experiment:
     """A run on fresh points of a density of the plane: batches, validation, pictures and reports.
@@ -360,29 +372,37 @@ def toy_experiment(
         objective: the loss, on batches {"x": [b, 2]}.
         run: (params, keys [n], **options of `sample`) ↦ points [n, 2], or all of the trajectory.
         grid: its times.
-        estimate: (params, keys [n], x [n, 2]) ↦ log p or a bound of it.
+        estimate: (params, keys [n], x [n, 2], **options) ↦ log p or a bound of it.
+        sweeps: of `Likelihood`.
         **parts: `init`, `process` and `denoiser` of `Experiment`.
 
     Raises:
         ValueError: for an option outside its range.
     """
     eval_step = make_eval_step(objective)
-    sample, trajectory = _samplers(run, grid, size=1000)
+    sample, trajectory = samplers(run, grid, size=1000)
 
     def validate(params):
         batch = {"x": toy.sample(jax.random.key(1), 4096)}
         return {"loss": float(eval_step(params, jax.random.key(2), batch)["loss"])}
 
+    def examples(split, key):
+        splits = ("train", "validation", "test")  # all of them fresh
+        return toy.sample(jax.random.fold_in(key, splits.index(split)), config.eval_points)
+
+    def divergence(x, nll):
+        # On the same points most of the statistical error cancels.
+        kl, kl_stderr = metrics.mean_and_stderr(
+            nll + np.asarray(jax.vmap(toy.log_prob)(x), np.float64)
+        )
+        entropy = float(toy.entropy)
+        gap = float(nll.mean()) - entropy
+        return {"entropy": entropy, "gap": gap, "kl": kl, "kl_stderr": kl_stderr}
+
     def evaluate(params, key):
-        likelihood_key, sample_key, energy_key = jax.random.split(key, 3)
-        return {
-            "likelihood": evaluation.density_report(
-                functools.partial(estimate, params), toy, config.eval_points, likelihood_key
-            ),
-            "samples": evaluation.energy_report(
-                sample(params, sample_key, config.eval_samples), toy, energy_key
-            ),
-        }
+        sample_key, energy_key = jax.random.split(key)
+        drawn = sample(params, sample_key, config.eval_samples)
+        return {"samples": evaluation.energy_report(drawn, toy, energy_key)}
 
     return config.experiment(
         objective=objective,
@@ -391,6 +411,13 @@ def toy_experiment(
         sample=sample,
         trajectory=trajectory,
         evaluate=evaluate,
+        likelihood=Likelihood(
+            examples=examples,
+            estimate=estimate,
+            further=divergence,
+            sweeps=sweeps or {},
+            size=1000,
+        ),
         draw=lambda x, path: plotting.points(
             x, path, reference=toy.sample(jax.random.key(3), 2000)
         ),
@@ -412,11 +439,22 @@ def at_least(least: int, config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
-def _samplers(run: Run, grid: Array, size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`sample` and `trajectory` of an experiment."""
+def samplers(
+    run: Run, grid: Array, *, size: int
+) -> tuple[Callable[[Params, Key, int], Array], Callable[[Params, Key, int], tuple[Array, Array]]]:
+    """`sample` and `trajectory` of an experiment.
+
+    Args:
+        run: (params, keys [n], **options of `sample`) ↦ samples [n, …], or all of the trajectory.
+        grid: its times.
+        size: samples at a time.
+
+    Returns:
+        Sample i of a key is the same whatever their number; of a trajectory, eight frames.
+    """
 
     def sample(params, key, num):
-        chunks = evaluation.in_chunks(functools.partial(run, params), key, num, size=size)
+        chunks = in_chunks(functools.partial(run, params), key, num, size=size)
         return jnp.concatenate(chunks)
 
     def trajectory(params, key, num):

@@ -33,6 +33,7 @@ import jaxdiff as jd
 from jaxdiff import evaluation, plotting
 from jaxdiff.data.batches import Batches
 from jaxdiff.data.images import dequantize, load_images
+from jaxdiff.solve import adaptive
 from jaxdiff.training import make_eval_step
 
 @dataclass(frozen=True)
@@ -86,17 +87,23 @@ def experiment(config):
     def evaluate(params, key):
         if config.fault == "evaluate":
             raise ValueError("a bug of the evaluation")
-        test = images("test")
-
-        def estimate(keys, x):
-            return jd.log_likelihood(process, denoiser(params), x, key=keys, probes=1)
-
-        x = dequantize(key, test.x, test.levels)
-        likelihood = evaluation.likelihood_report(estimate, x, key, levels=test.levels)
         samples = evaluation.sample_report(
             sample(params, key, 16), images("train"), images("test"), key
         )
-        return {"likelihood": likelihood, "samples": samples}
+        return {"samples": samples}
+
+    def estimate(params, keys, x, *, tolerance=1e-3, per_example=False):
+        return jd.log_likelihood(
+            process, denoiser(params), x, key=keys, probes=1,
+            controller=adaptive(tolerance), per_example=per_example,
+        )
+
+    likelihood = jd.Likelihood(
+        examples=lambda split, key: dequantize(key, images(split).x, config.levels),
+        estimate=estimate,
+        sweeps={"tolerance": (1e-1, 1e-2)},
+        size=4,
+    )
 
     return jd.Experiment(
         config=config,
@@ -113,6 +120,7 @@ def experiment(config):
         sample=sample,
         trajectory=trajectory,
         evaluate=evaluate,
+        likelihood=likelihood,
         draw=plotting.image_grid,
         draw_trajectory=plotting.trajectory_grid,
     )
@@ -354,6 +362,8 @@ def test_run_leaves_what_it_promises(small_run, small):
         "config.json",
         "config.py",
         "eval.json",
+        "likelihood_test.csv",
+        "likelihood_test.png",
         "metrics.jsonl",
         "samples",
         "samples.png",
@@ -467,7 +477,7 @@ def test_own_folder_of_labelled_pictures(small, npz, tmp_path):
     report = json.loads((run / "eval.json").read_text())
     assert list(report["samples"]["class_counts"]) == ["0", "1", "2"]
     assert sum(report["samples"]["class_counts"].values()) == 16
-    assert (report["likelihood"]["images"], report["likelihood"]["levels"]) == (6, 256)
+    assert (report["likelihood"]["examples"], report["likelihood"]["levels"]) == (6, 256)
 
 
 def test_digits_config_takes_own_data(npz, tmp_path, capsys, monkeypatch):
@@ -504,7 +514,7 @@ def test_digits_run_reports_what_is_promised(digits_run):
     report = json.loads((digits_run / "eval.json").read_text())
     likelihood, samples = report["likelihood"], report["samples"]
     assert (likelihood["dequantisation"], likelihood["levels"]) == ("uniform", 17)
-    assert (likelihood["images"], likelihood["probes"]) == (447, 2)
+    assert (likelihood["examples"], likelihood["probes"]) == (447, 2)
     # bits/dim = nats / (64 ln 2) + log₂ 17 − 1
     bits = likelihood["nll_nats"] / (64 * math.log(2)) + math.log2(17) - 1
     assert likelihood["bits_per_dim"] == pytest.approx(bits, rel=1e-6)

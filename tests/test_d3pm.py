@@ -18,6 +18,7 @@ import scipy.special
 
 import jaxdiff as jd
 from jaxdiff.distributions import Categorical
+from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import load_config
 from jaxdiff.networks.transformer import Transformer
 from jaxdiff.objectives.d3pm import categorical_bound, masked_cross_entropy
@@ -591,7 +592,7 @@ def test_config_reports_bits_of_discrete_data():
     )
     experiment = config.experiment(small)
     params = jax.jit(experiment.init)(KEY)
-    report = experiment.evaluate(params, KEY)
+    report = evaluate(experiment, params, KEY)
     likelihood = report["likelihood"]
     assert likelihood["independent_bits_per_dim"] == pytest.approx(2.3969, abs=1e-4)
     deviation = likelihood["bits_per_dim"] - math.log2(17)

@@ -8,7 +8,7 @@ import pytest
 from oracles import GMM5, SCHEDULES, GaussianData
 
 import jaxdiff as jd
-from jaxdiff import likelihood, networks
+from jaxdiff import likelihood, networks, trace
 from jaxdiff.parallel import data_mesh, per_shard
 from jaxdiff.solve import adaptive
 
@@ -48,7 +48,7 @@ def test_likelihood_of_the_mixture_is_exact():
     assert np.sqrt((error**2).mean()) <= 5e-3
 
 
-@pytest.mark.parametrize("probe", [likelihood.rademacher, likelihood.gaussian])
+@pytest.mark.parametrize("probe", [trace.rademacher, trace.gaussian])
 def test_hutchinson_is_unbiased_and_narrows(probe):
     """B16: unbiased within 3 s.e., error ∝ K^−½, and the stated standard error is the true one."""
     x, denoise = GMM5.sample(jax.random.key(7), 500), GMM5.denoiser(VP)
@@ -115,7 +115,7 @@ def test_likelihood_of_images_flattens_nothing():
 
 def quadratic_forms(matrix, key, count):
     """eᵀ A e of K orthogonal probes."""
-    probes, share = likelihood.orthogonal(key, count, (len(matrix),), jnp.float32)
+    probes, share = trace.orthogonal(key, count, (len(matrix),), jnp.float32)
     return jnp.einsum("ki,ij,kj->k", probes, matrix, probes), share
 
 
@@ -166,7 +166,7 @@ def test_error_bars_of_the_probes_cover_at_their_rate():
     x = jax.random.normal(jax.random.key(4), (400, 8)) @ factor.T
     options = {"controller": adaptive(1e-4)}
     exact = jd.log_likelihood(VP, denoise, x, **options).value
-    for probe in (likelihood.rademacher, likelihood.orthogonal):
+    for probe in (trace.rademacher, trace.orthogonal):
         found = jd.log_likelihood(VP, denoise, x, key=KEY, probes=6, probe=probe, **options)
         error = np.abs(np.asarray(found.value - exact) / np.asarray(found.stderr))
         assert abs(np.mean(error < 1.0) - (2 * stats.t.cdf(1.0, 5) - 1)) < 0.08
@@ -181,7 +181,7 @@ def test_orthogonal_probes_are_nearer_at_equal_cost():
     exact = jd.log_likelihood(VP, denoise, x, controller=adaptive(1e-4)).value
     rms = [
         float(jnp.sqrt(jnp.mean((found.value - exact) ** 2)))
-        for probe in (likelihood.orthogonal, likelihood.rademacher)
+        for probe in (trace.orthogonal, trace.rademacher)
         for found in [jd.log_likelihood(VP, denoise, x, probe=probe, **options)]
     ]
     np.testing.assert_allclose(rms[0] / rms[1], (2 / 7) ** 0.5, rtol=0.2)
@@ -223,13 +223,13 @@ def test_divergence_is_the_trace_of_the_jacobian(kind):
     denoise = jd.NetDenoiser(params, VP, net.apply, jd.epsilon())
     t = jnp.float32(0.3)
 
-    def flow(x):
-        return VP.velocity(x, denoise(x[None], t).mean[0], t)
+    def field(x):
+        return jax.vmap(lambda x, x0: VP.velocity(x, x0, t))(x, denoise(x, t).mean), None
 
-    size = x[0].size
-    truth = [jnp.trace(jax.jacrev(flow)(row).reshape(size, size)) for row in x]
-    _, trace, _ = jax.jit(lambda x: likelihood._divergence(VP, denoise, t, x, None))(x)
-    np.testing.assert_allclose(trace[:, 0], truth, rtol=1e-4)
+    size, one = x[0].size, lambda row: field(row[None])[0][0]
+    truth = [jnp.trace(jax.jacrev(one)(row).reshape(size, size)) for row in x]
+    _, found, _ = jax.jit(lambda x: trace.quadratic_forms(field, x, None))(x)
+    np.testing.assert_allclose(found[:, 0], truth, rtol=1e-4)
 
 
 # The solver

@@ -8,7 +8,7 @@ from flax import linen as nn
 from oracles import GMM5, SCHEDULES
 
 import jaxdiff as jd
-from jaxdiff import networks
+from jaxdiff import networks, trace
 from jaxdiff.data.batches import FreshBatches
 from jaxdiff.networks.energy import Conservative, log_density
 from jaxdiff.objectives.score_matching import implicit_score_matching, sliced_score_matching
@@ -18,7 +18,7 @@ from jaxdiff.training import init_state, make_train_step, warmup_cosine_adam
 
 KEY = jax.random.key(0)
 VP = jd.Gaussian(SCHEDULES["linear_beta"])
-PROBES = (jax.random.rademacher, jax.random.normal)
+PROBES = (trace.rademacher, trace.gaussian)
 
 
 def curved(params, x):
@@ -90,7 +90,7 @@ def test_slices_estimate_the_trace(probe, probes):
 
     jacobian = np.asarray(jacobians(lambda x: curved(params, x), x[:1])[0])
     squares = ((jacobian + jacobian.T) / 2) ** 2
-    if probe is jax.random.rademacher:
+    if probe is trace.rademacher:
         squares -= np.diag(np.diag(squares))
     variance = 2 * squares.sum() / probes
     np.testing.assert_allclose(loss.mean(), exact[0], atol=3 * (variance / 20_000) ** 0.5)
@@ -101,13 +101,13 @@ def test_one_coordinate_has_one_slice():
     """v² = 1 for signs: exact for D = 1, whatever the key."""
     x, params = jax.random.normal(KEY, (50, 1)), weights(1)
     exact = implicit_score_matching(curved)(params, KEY, {"x": x})[0]
-    sliced = sliced_score_matching(curved, probe=jax.random.rademacher)
+    sliced = sliced_score_matching(curved, probe=trace.rademacher)
     np.testing.assert_allclose(sliced(params, KEY, {"x": x})[0], exact, rtol=1e-5, atol=1e-5)
 
 
 def test_slices_do_not_depend_on_the_batch_around_them():
     x, params = jax.random.normal(KEY, (8, 3)), weights(3)
-    objective = sliced_score_matching(curved, probe=jax.random.normal)
+    objective = sliced_score_matching(curved, probe=trace.gaussian)
     whole, half = (objective(params, KEY, {"x": x[:n]})[0] for n in (8, 4))
     np.testing.assert_allclose(half, whole[:4], rtol=1e-5)
 

@@ -15,6 +15,7 @@ from scipy.integrate import quad
 import jaxdiff as jd
 from jaxdiff.data import tabular
 from jaxdiff.data.tabular import UCI, load_table, whitening
+from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import load_config
 from jaxdiff.training import fit, init_state, make_train_step
 
@@ -230,7 +231,7 @@ def trained(experiment, untrained, small):
 
 @pytest.fixture(scope="module")
 def report(experiment, trained):
-    return experiment.evaluate(trained, jax.random.key(2))
+    return evaluate(experiment, trained, jax.random.key(2))
 
 
 def test_an_untrained_model_is_the_gaussian_fit(experiment, untrained, small, two_clusters):
@@ -249,7 +250,7 @@ def test_an_untrained_model_is_the_gaussian_fit(experiment, untrained, small, tw
 def test_training_finds_what_a_gaussian_misses(report, two_clusters):
     found = report["likelihood"]
     table = load_table(two_clusters)
-    assert found["rows"] == len(table.test) == 200
+    assert found["examples"] == len(table.test) == 200
     # The truth, in the table's units: two clusters of standard deviation 0.3 in the logarithms.
     y = np.log(table.test / [1.0, 50.0])
     laws = [normal([m, m], 0.09 * np.eye(2)).pdf(y) for m in (0.0, 2.0)]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.data.toys import TOYS
+from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import load_config
 from jaxdiff.training import fit, init_state, make_train_step
 
@@ -56,10 +57,9 @@ def trained(experiment, untrained):
 
 @pytest.fixture(scope="module")
 def reports(experiment, untrained, trained):
-    evaluate = experiment.evaluate
     return {
-        "untrained": evaluate(untrained, jax.random.key(2)),
-        "trained": evaluate(trained, jax.random.key(2)),
+        "untrained": evaluate(experiment, untrained, jax.random.key(2)),
+        "trained": evaluate(experiment, trained, jax.random.key(2)),
     }
 
 
@@ -67,12 +67,12 @@ def reports(experiment, untrained, trained):
 def test_nll_is_entropy_plus_divergence(model, reports):
     report = reports[model]["likelihood"]
     assert report["entropy"] == TOYS["8gaussians"].entropy
-    assert report["gap"] == pytest.approx(report["nll"] - report["entropy"])
+    assert report["gap"] == pytest.approx(report["nll_nats"] - report["entropy"])
     # nll − kl is the mean of −log p_true, whose standard deviation a point is about 1 nat.
-    assert report["nll"] - report["kl"] == pytest.approx(report["entropy"], abs=4 / 1000**0.5)
-    assert report["nll"] > report["entropy"] - 3 * report["nll_stderr"]
+    assert report["nll_nats"] - report["kl"] == pytest.approx(report["entropy"], abs=4 / 1000**0.5)
+    assert report["nll_nats"] > report["entropy"] - 3 * report["nll_nats_stderr"]
     assert report["kl"] > -3 * report["kl_stderr"]
-    assert report["points"] == SMALL.eval_points
+    assert report["examples"] == SMALL.eval_points
 
 
 def test_an_untrained_network_is_the_gaussian_of_the_preconditioning(reports):
@@ -85,12 +85,12 @@ def test_an_untrained_network_is_the_gaussian_of_the_preconditioning(reports):
     var = (data + low) * high / (data + high)
     x = np.asarray(TOYS["8gaussians"].sample(jax.random.key(5), 100_000), float)
     expected = np.log(2 * np.pi * var) + 0.5 * (x**2).sum(1).mean() / var
-    assert report["nll"] == pytest.approx(expected, abs=4 * report["nll_stderr"])
+    assert report["nll_nats"] == pytest.approx(expected, abs=4 * report["nll_nats_stderr"])
 
 
 def test_a_few_seconds_of_training_beat_the_gaussian_fit(reports):
     trained, untrained = reports["trained"], reports["untrained"]
-    assert trained["likelihood"]["nll"] < GAUSSIAN_FIT - 0.5
+    assert trained["likelihood"]["nll_nats"] < GAUSSIAN_FIT - 0.5
     assert trained["samples"]["energy_distance"] < 0.2 * untrained["samples"]["energy_distance"]
 
 

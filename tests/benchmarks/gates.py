@@ -54,12 +54,12 @@ def toy(report: dict, name: str) -> tuple[str, bool]:
     """A line about a run of configs/toy2d.py, and whether it passes."""
     found = report["likelihood"]
     line = (
-        f"| {name} | {found['nll']:.4f} ± {found['nll_stderr']:.4f} | {found['entropy']:.4f} "
-        f"| {found['gap']:+.4f} | {found['kl']:.4f} ± {found['kl_stderr']:.4f} "
-        f"| {found['network_calls']} |"
+        f"| {name} | {found['nll_nats']:.4f} ± {found['nll_nats_stderr']:.4f} "
+        f"| {found['entropy']:.4f} | {found['gap']:+.4f} "
+        f"| {found['kl']:.4f} ± {found['kl_stderr']:.4f} | {found['network_calls']} |"
     )
     most = 0.09 if name in ("checkerboard", "rings") else 0.035
-    return line, -3.0 * found["nll_stderr"] <= found["gap"] <= most
+    return line, -3.0 * found["nll_nats_stderr"] <= found["gap"] <= most
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 import jaxdiff as jd
+from jaxdiff import trace
 from jaxdiff.data.mixture import gaussian_mixture, gmm5
 from jaxdiff.solve import adaptive
 
@@ -103,14 +104,14 @@ def tolerance_rows(data, process, name, x):
 def probe_rows(data, process, name, x, exact) -> list[str]:
     """Probes: error against the exact trace of the same flow, and the coverage of the bars."""
     wrong = []
-    for law in (jd.likelihood.orthogonal, jd.likelihood.rademacher, jd.likelihood.gaussian):
+    for law in (trace.orthogonal, trace.rademacher, trace.gaussian):
         for count in PROBES:
             if x.shape[1] < count:
                 continue
             r = Result(data, process, x, key=jax.random.key(1), probes=count, probe=law)
             noise = (r.value - exact.value) / r.dim
             rms, mean_error = np.sqrt(np.mean(noise**2)), noise.std() / len(noise) ** 0.5
-            whole = count >= 1 << (r.dim - 1).bit_length() and law is jd.likelihood.orthogonal
+            whole = count >= 1 << (r.dim - 1).bit_length() and law is trace.orthogonal
             if abs(noise.mean()) > 3 * max(mean_error, 1e-6):
                 wrong.append(f"{name}, {r.dim}-d, {count} {law.__name__}: biased")
             covered = stated = "–"

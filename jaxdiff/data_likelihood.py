@@ -1,0 +1,291 @@
+"""The likelihood of a data set: a row an example, resumed where it was stopped.
+
+Example i has the key fold_in(key, i), and chunks begin at multiples of their size: so a table that
+was begun yesterday ends as if it had never been interrupted. It holds a fingerprint of parameters,
+data and key in each row; rows of anything else are not gone on with.
+"""
+
+import csv
+import functools
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdiff import metrics
+from jaxdiff.experiment import Likelihood
+from jaxdiff.parallel import per_shard
+from jaxdiff.typing import Key, Params
+
+__all__ = ["in_chunks", "likelihood_report", "likelihood_rows", "likelihood_sweeps"]
+
+# What an estimate may tell beside its value, and the column that keeps it.
+_COLUMNS = {
+    "stderr_nats": "stderr",
+    "solver_error_nats": "solver_error",
+    "calls": "num_evaluations",
+    "converged": "converged",
+}
+
+Row = dict[str, Any]
+
+
+def in_chunks(
+    run: Callable[..., Any], key: Key, count: int, *arrays: Any, size: int = 256
+) -> list[Any]:
+    """Runs run(keys, *parts) over chunks of equal size, and cuts the excess off the last.
+
+    Example i has the key fold_in(key, i) whatever the chunk size, and one compiled program serves
+    all chunks.
+
+    Args:
+        run: (keys [size], *parts [size, …]) ↦ a tree of arrays [size, …].
+        key: the key of all.
+        count: number of examples n, ≥ 1.
+        *arrays: trees of arrays [n, …], cut into chunks alongside.
+        size: examples at a time, ≥ 1.
+
+    Returns:
+        The result of each chunk, the last cut to what is left.
+    """
+    return list(_chunks(run, key, count, arrays, size))
+
+
+def likelihood_rows(
+    likelihood: Likelihood,
+    params: Params,
+    examples: Any,
+    key: Key,
+    *,
+    path: Path | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> dict[str, np.ndarray]:
+    """The negative log-likelihood of each example, with its errors.
+
+    Examples whose chunk did not converge are tried again, with steps of their own, if the estimate
+    solves an equation.
+
+    Args:
+        likelihood: of the run.
+        params: of the model.
+        examples: a tree of arrays [n, …].
+        key: of the estimate's noise.
+        path: a .csv file that gets a row an example, chunk by chunk. If it holds rows of the same
+            model, data and key, those are kept and the rest is computed.
+        mesh: devices that share a chunk, each with steps of its own.
+        progress: whether to show a bar.
+
+    Returns:
+        Columns [n]: "index", "nll_nats", where the run has it "bits_per_dim", and what the estimate
+        tells of "stderr_nats", "solver_error_nats", "calls" and "converged".
+    """
+    from tqdm import tqdm
+
+    count = len(jax.tree.leaves(examples)[0])
+    size = min(likelihood.size, count)
+    if mesh is not None and size >= mesh.size:
+        size -= size % mesh.size
+    else:
+        mesh = None
+    fingerprint = f"{_checksum((params, examples, jax.random.key_data(key))):08x}"
+    rows = [] if path is None else _read(path, fingerprint, size, count)
+    if path is not None:
+        _begin(path, rows)
+    run = functools.partial(_solver(likelihood, mesh), params)
+    with tqdm(initial=len(rows), total=count, unit="example", disable=not progress) as bar:
+        for found in _chunks(run, key, count, (examples,), size, start=len(rows)):
+            fresh = _rows(likelihood, found, len(rows), fingerprint)
+            if path is not None:
+                _append(path, fresh)
+            rows += fresh
+            bar.update(len(fresh))
+    names = [name for name in rows[0] if name != "fingerprint"]
+    return {name: np.asarray([row[name] for row in rows]) for name in names}
+
+
+def likelihood_report(
+    likelihood: Likelihood, examples: Any, rows: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """The mean negative log-likelihood of a data set, ready for JSON.
+
+    Args:
+        likelihood: of the run.
+        examples: the tree of arrays [n, …] that the rows are of.
+        rows: from `likelihood_rows`.
+
+    Returns:
+        Means over the examples that have a value, in nats and bits/dim, with their standard errors;
+        the mean standard error of an example's probes and the mean of its solver's error; the
+        largest number of network calls; "failed", the indices of those without a value, which the
+        means leave out; and what the run adds.
+    """
+    nll = rows["nll_nats"]
+    good = np.isfinite(nll)
+    report: dict[str, Any] = {"examples": len(nll), "failed": np.flatnonzero(~good).tolist()}
+    if good.sum() < 2:
+        return report
+    for name in ("nll_nats", "bits_per_dim"):
+        if name in rows:
+            report[name], report[f"{name}_stderr"] = metrics.mean_and_stderr(rows[name][good])
+    for name, kept in (("stderr_nats", "probe_stderr_nats"), ("solver_error_nats",) * 2):
+        if name in rows:
+            # One probe has no spread to tell its error by; fixed steps have no error to tell.
+            report[kept] = _number(rows[name][good].mean())
+    if "calls" in rows:
+        report["network_calls"] = int(rows["calls"].max())
+    return report | likelihood.further(jax.tree.map(lambda a: a[good], examples), nll[good])
+
+
+def likelihood_sweeps(
+    likelihood: Likelihood, params: Params, examples: Any, key: Key, *, count: int = 64
+) -> dict[str, list[dict[str, Any]]]:
+    """The mean negative log-likelihood of a few examples against each accuracy of the estimate.
+
+    Args:
+        likelihood: of the run; its `sweeps` are run.
+        params: of the model.
+        examples: a tree of arrays [n, …].
+        key: of the estimate's noise, as in `likelihood_rows`.
+        count: the first so many examples are taken.
+
+    Returns:
+        For each name, a row a value: {name: value, "nll_nats", "nll_nats_stderr" of the probes,
+        "solver_error_nats", "calls"}; what the estimate does not tell is None.
+    """
+    part = jax.tree.map(lambda a: a[:count], examples)
+    size = len(jax.tree.leaves(part)[0])
+
+    def row(name, value):
+        estimate = functools.partial(likelihood.estimate, params, **{name: value})
+        (found,) = in_chunks(estimate, key, size, part, size=size)
+        nats, probes, solver = (
+            np.asarray(column, np.float64)
+            for column in (found.value, found.stderr, found.solver_error)
+        )
+        return {
+            name: value,
+            "nll_nats": _number(-nats.mean()),
+            "nll_nats_stderr": _number(np.sqrt(np.mean(probes**2) / size)),
+            "solver_error_nats": _number(solver.mean()),
+            "calls": int(jnp.max(found.num_evaluations)),
+        }
+
+    return {
+        name: [row(name, value) for value in values] for name, values in likelihood.sweeps.items()
+    }
+
+
+def _chunks(
+    run: Callable[..., Any],
+    key: Key,
+    count: int,
+    arrays: Sequence[Any],
+    size: int,
+    start: int = 0,
+) -> Iterator[Any]:
+    """The results of chunks, from the example `start` on, which begins one."""
+    size = min(size, count)
+    for first in range(start, count, size):
+        # The last chunk starts earlier, to have the same shape, and drops what came before.
+        begin = min(first, count - size)
+        index = jnp.arange(begin, begin + size)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+        parts = jax.tree.map(lambda a, i=begin: jnp.asarray(a[i : i + size]), tuple(arrays))
+        yield jax.tree.map(lambda a, n=first - begin: a[n:], run(keys, *parts))
+
+
+def _solver(likelihood: Likelihood, mesh: Mesh | None) -> Callable[..., dict[str, np.ndarray]]:
+    """(params, keys, examples) ↦ what the estimate tells, on the host."""
+
+    def telling(params, keys, examples, **options):
+        found = likelihood.estimate(params, keys, examples, **options)
+        names = {"nll_nats": "value", **_COLUMNS}
+        return {name: getattr(found, of) for name, of in names.items() if hasattr(found, of)}
+
+    whole = functools.partial(telling)
+    alone = functools.partial(telling, per_example=True)
+    if mesh is not None:
+        whole, alone = per_shard(whole, mesh), per_shard(alone, mesh)
+
+    def solve(params, keys, examples):
+        found = jax.device_get(whole(params, keys, examples))
+        if "tolerance" in likelihood.sweeps and not found["converged"].all():
+            again = jax.device_get(alone(params, keys, examples))
+            found = {n: np.where(found["converged"], found[n], again[n]) for n in found}
+        return found
+
+    return solve
+
+
+def _rows(
+    likelihood: Likelihood, found: Mapping[str, np.ndarray], first: int, fingerprint: str
+) -> list[Row]:
+    columns: Row = {"nll_nats": -found["nll_nats"].astype(np.float64)}
+    if likelihood.bits is not None:
+        columns["bits_per_dim"] = likelihood.bits(columns["nll_nats"])
+    columns |= {name: found[name] for name in _COLUMNS if name in found}
+    columns = {name: values.tolist() for name, values in columns.items()}
+    return [
+        {"index": first + i, "fingerprint": fingerprint, **dict(zip(columns, values, strict=True))}
+        for i, values in enumerate(zip(*columns.values(), strict=True))
+    ]
+
+
+def _read(path: Path, fingerprint: str, size: int, count: int) -> list[Row]:
+    """The rows of whole chunks of the same work that a file begins with."""
+    rows: list[Row] = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                if line.get("fingerprint") != fingerprint or line.get("index") != str(len(rows)):
+                    break
+                try:
+                    rows.append({name: _value(name, text) for name, text in line.items()})
+                except (TypeError, ValueError):
+                    break  # it was being written
+    return rows[:count] if len(rows) >= count else rows[: len(rows) // size * size]
+
+
+def _value(name: str, text: str) -> Any:
+    if name == "fingerprint":
+        return text
+    if name == "converged":
+        return {"True": True, "False": False}[text]
+    return int(text) if name in ("index", "calls") else float(text)
+
+
+def _begin(path: Path, rows: Sequence[Row]) -> None:
+    """A file of the rows that are kept, in one piece."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text("")
+    _append(partial, rows)
+    partial.replace(path)
+
+
+def _append(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("a", newline="") as file:
+        if rows:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checksum(tree: Any) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
+    return total
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
