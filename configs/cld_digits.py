@@ -21,8 +21,8 @@ from jaxdiff.recipes import (
     at_least,
     image_experiment,
     open_images,
+    solved,
 )
-from jaxdiff.solve import adaptive
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Config(TrainingOptions, UNetOptions, ImageOptions):
 
 def experiment(config: Config) -> jd.Experiment:
     """Composes the run."""
-    at_least(1, config, "sampler_steps", "probes")
+    at_least(1, config, "sampler_steps")
     config, images, shape, _ = open_images(config)
 
     process = jd.cld(config.beta, config.mass, config.gamma)
@@ -69,18 +69,8 @@ def experiment(config: Config) -> jd.Experiment:
         z = jd.sample(jd.SSCS(process), denoiser(params), grid, noise, z, **options)
         return z[..., 0, :, :, :]
 
-    def estimate(
-        params, keys, x, *, probes=config.probes, tolerance=config.tolerance, per_example=False
-    ):
-        return jd.joint_bound(
-            process,
-            denoiser(params),
-            keys,
-            x,
-            probes=probes,
-            controller=adaptive(tolerance),
-            per_example=per_example,
-        )
+    def bound(params, keys, x, **accuracy):
+        return jd.joint_bound(process, denoiser(params), keys, x, **accuracy)
 
     return image_experiment(
         config,
@@ -92,7 +82,7 @@ def experiment(config: Config) -> jd.Experiment:
         held_out_loss=matching(),
         run=run,
         grid=grid,
-        estimate=estimate,
+        estimate=solved(bound, tolerance=config.tolerance, probes=config.probes),
         sweeps={"tolerance": (1e-2, 1e-3, 1e-4), "probes": (1, 2, 4, 8)},
         further={"probes": lambda: config.probes},
     )

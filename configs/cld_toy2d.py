@@ -14,8 +14,14 @@ import jax
 import jax.numpy as jnp
 
 import jaxdiff as jd
-from jaxdiff.recipes import MLPOptions, ToyOptions, TrainingOptions, at_least, toy_experiment
-from jaxdiff.solve import adaptive
+from jaxdiff.recipes import (
+    MLPOptions,
+    ToyOptions,
+    TrainingOptions,
+    at_least,
+    solved,
+    toy_experiment,
+)
 
 
 @dataclass(frozen=True)
@@ -68,15 +74,8 @@ def experiment(config: Config) -> jd.Experiment:
         z = jd.sample(jd.SSCS(process), denoiser(params), grid, noise, z, **options)
         return unit * z[..., 0, :]
 
-    def estimate(params, keys, x, *, tolerance=1e-5, per_example=False):
-        bound = jd.joint_bound(
-            process,
-            denoiser(params),
-            keys,
-            x / unit,
-            controller=adaptive(tolerance),
-            per_example=per_example,
-        )
+    def log_p(params, keys, x, **accuracy):
+        bound = jd.joint_bound(process, denoiser(params), keys, x / unit, **accuracy)
         return bound._replace(value=bound.value - 2.0 * math.log(unit))
 
     return toy_experiment(
@@ -88,6 +87,6 @@ def experiment(config: Config) -> jd.Experiment:
         objective=objective,
         run=run,
         grid=grid,
-        estimate=estimate,
+        estimate=solved(log_p),
         sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5)},
     )

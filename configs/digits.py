@@ -20,8 +20,8 @@ from jaxdiff.recipes import (
     at_least,
     image_experiment,
     open_images,
+    solved,
 )
-from jaxdiff.solve import adaptive
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Config(TrainingOptions, UNetOptions, ImageOptions):
 
 def experiment(config: Config) -> jd.Experiment:
     """Composes the run."""
-    at_least(1, config, "sampler_steps", "probes")
+    at_least(1, config, "sampler_steps")
     config, images, shape, _ = open_images(config)
 
     process = jd.Gaussian(jd.linear_beta(config.beta_min, config.beta_max))
@@ -66,18 +66,8 @@ def experiment(config: Config) -> jd.Experiment:
         step = jd.DDIM(process, eta=1.0)
         return jd.sample(step, denoiser(params), grid, noise, x, **options)
 
-    def estimate(
-        params, keys, x, *, probes=config.probes, tolerance=config.tolerance, per_example=False
-    ):
-        return jd.log_likelihood(
-            process,
-            denoiser(params),
-            x,
-            key=keys,
-            probes=probes,
-            controller=adaptive(tolerance),
-            per_example=per_example,
-        )
+    def log_p(params, keys, x, **accuracy):
+        return jd.log_likelihood(process, denoiser(params), x, key=keys, **accuracy)
 
     return image_experiment(
         config,
@@ -89,7 +79,7 @@ def experiment(config: Config) -> jd.Experiment:
         held_out_loss=denoising(),
         run=run,
         grid=grid,
-        estimate=estimate,
+        estimate=solved(log_p, tolerance=config.tolerance, probes=config.probes),
         sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5), "probes": (1, 2, 4, 8)},
         further={"probes": lambda: config.probes},
     )

@@ -35,8 +35,7 @@ from jaxdiff.data.batches import Batches
 from jaxdiff.data.tabular import load_table, whitening
 from jaxdiff.data_likelihood import likelihood_rows
 from jaxdiff.experiment import Likelihood
-from jaxdiff.recipes import MLPOptions, TrainingOptions, at_least, samplers
-from jaxdiff.solve import adaptive
+from jaxdiff.recipes import MLPOptions, TrainingOptions, at_least, samplers, solved
 
 
 @dataclass(frozen=True)
@@ -120,15 +119,8 @@ def experiment(config: Config) -> jd.Experiment:
     def denoiser(params):
         return jd.NetDenoiser(params, process, average, parameterization)
 
-    def estimate(params, keys, rows, *, tolerance=1e-5, per_example=False):
-        # The default solver, t0 = 1e-5 and exact trace.
-        found = jd.log_likelihood(
-            process,
-            denoiser(params),
-            rows["z"],
-            controller=adaptive(tolerance),
-            per_example=per_example,
-        )
+    def log_p(params, keys, rows, **accuracy):
+        found = jd.log_likelihood(process, denoiser(params), rows["z"], **accuracy)
         return found._replace(value=found.value + rows["log_det"])
 
     def examples(split, key):
@@ -152,7 +144,7 @@ def experiment(config: Config) -> jd.Experiment:
 
     likelihood = Likelihood(
         examples=examples,
-        estimate=estimate,
+        estimate=solved(log_p),
         further=against_gaussian,
         sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5)},
     )

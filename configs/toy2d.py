@@ -20,8 +20,14 @@ import jax
 import jax.numpy as jnp
 
 import jaxdiff as jd
-from jaxdiff.recipes import MLPOptions, ToyOptions, TrainingOptions, at_least, toy_experiment
-from jaxdiff.solve import adaptive
+from jaxdiff.recipes import (
+    MLPOptions,
+    ToyOptions,
+    TrainingOptions,
+    at_least,
+    solved,
+    toy_experiment,
+)
 
 
 @dataclass(frozen=True)
@@ -62,15 +68,8 @@ def experiment(config: Config) -> jd.Experiment:
         x = jax.vmap(process.prior((2,)).sample)(keys)
         return jd.sample(jd.DDIM(process), denoiser(params), grid, keys, x, **options)
 
-    def estimate(params, keys, x, *, tolerance=1e-5, per_example=False):
-        # The default solver, t0 = 1e-5 and exact trace.
-        return jd.log_likelihood(
-            process,
-            denoiser(params),
-            x,
-            controller=adaptive(tolerance),
-            per_example=per_example,
-        )
+    def log_p(params, keys, x, **accuracy):
+        return jd.log_likelihood(process, denoiser(params), x, **accuracy)
 
     return toy_experiment(
         config,
@@ -81,6 +80,6 @@ def experiment(config: Config) -> jd.Experiment:
         objective=objective,
         run=run,
         grid=grid,
-        estimate=estimate,
+        estimate=solved(log_p),
         sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5)},
     )

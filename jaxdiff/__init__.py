@@ -24,6 +24,7 @@ from jaxdiff.objectives.denoising import denoising as denoising
 from jaxdiff.objectives.elbo import elbo as elbo
 from jaxdiff.objectives.hybrid_score_matching import hybrid_score_matching as hybrid_score_matching
 from jaxdiff.objectives.improved_ddpm import improved_ddpm as improved_ddpm
+from jaxdiff.objectives.maximum_likelihood import maximum_likelihood as maximum_likelihood
 from jaxdiff.objectives.score_matching import (
     implicit_score_matching as implicit_score_matching,
 )

@@ -140,7 +140,9 @@ def likelihood_report(
             report[kept] = _number(rows[name][good].mean())
     if "calls" in rows:
         report["network_calls"] = int(rows["calls"].max())
-    return report | likelihood.further(jax.tree.map(lambda a: a[good], examples), nll[good])
+    if likelihood.further is not None:
+        report |= likelihood.further(jax.tree.map(lambda a: a[good], examples), nll[good])
+    return report
 
 
 def likelihood_sweeps(
@@ -248,7 +250,7 @@ def _read(path: Path, fingerprint: str, size: int, count: int) -> list[Row]:
                     break
                 try:
                     rows.append({name: _value(name, text) for name, text in line.items()})
-                except (TypeError, ValueError):
+                except (KeyError, TypeError, ValueError):
                     break  # it was being written
     return rows[:count] if len(rows) >= count else rows[: len(rows) // size * size]
 

@@ -38,7 +38,7 @@ class Likelihood:
         estimate: (parameters, keys [m], examples [m, …]) ↦ log p, or a bound of it, as .value [m]
             in nats; and, where they apply, the other attributes of `LogLikelihood`.
         bits: −log p in nats ↦ bits a dimension, or None.
-        further: (examples, −log p [n]) ↦ JSON-able entries of the report.
+        further: (examples, −log p [n]) ↦ JSON-able entries of the report, or None.
         sweeps: option of `estimate` ↦ values of it: how accurate it is shown to be. One that has
             "tolerance" solves an equation, and also takes `per_example=True`.
         size: examples at a time.
@@ -47,7 +47,7 @@ class Likelihood:
     examples: Callable[[str, Key], Any]
     estimate: Callable[..., Any]
     bits: Callable[[Any], Any] | None = None
-    further: Callable[[Any, Any], dict[str, Any]] = lambda examples, nll: {}
+    further: Callable[[Any, Any], dict[str, Any]] | None = None
     sweeps: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     size: int = 256
 

@@ -160,7 +160,10 @@ def per_shard(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
 
     @functools.wraps(function)
     def call(whole: Any, *parts: Any) -> T:
-        check_divisible({str(i): part for i, part in enumerate(parts)}, mesh.size)
-        return shards(whole, parts)
+        first_axes = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(parts))}
+        check_divisible(first_axes, mesh.size)
+        # Wherever they are: what is there already does not move.
+        whole = jax.device_put(whole, NamedSharding(mesh, P()))
+        return shards(whole, jax.device_put(parts, NamedSharding(mesh, P("data"))))
 
     return call

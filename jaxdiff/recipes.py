@@ -29,6 +29,7 @@ from jaxdiff.data.images import Images, dequantize, load_images
 from jaxdiff.data.toys import TOYS, Toy
 from jaxdiff.data_likelihood import in_chunks
 from jaxdiff.experiment import Experiment, Likelihood
+from jaxdiff.solve import adaptive
 from jaxdiff.training import make_eval_step, warmup_cosine_adam
 from jaxdiff.typing import Array, Key, Objective, Params
 
@@ -40,8 +41,10 @@ __all__ = [
     "UNetOptions",
     "at_least",
     "image_experiment",
+    "one_of",
     "open_images",
     "samplers",
+    "solved",
     "toy_experiment",
 ]
 
@@ -184,8 +187,7 @@ class ToyOptions:
         Raises:
             ValueError: for an option outside its range.
         """
-        if self.dataset not in TOYS:
-            raise ValueError(f"dataset must be one of {', '.join(TOYS)}, got {self.dataset!r}.")
+        one_of(self, dataset=tuple(TOYS))
         at_least(1, self, "eval_samples")
         at_least(2, self, "eval_points")
         return TOYS[self.dataset]
@@ -437,6 +439,44 @@ def at_least(least: int, config: Any, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def one_of(config: Any, **allowed: Sequence[str]) -> None:
+    """Checks fields of a config.
+
+    Raises:
+        ValueError: names the field that has another value.
+    """
+    for name, values in allowed.items():
+        if (value := getattr(config, name)) not in values:
+            raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}.")
+
+
+def solved(
+    log_p: Callable[..., Any], *, tolerance: float = 1e-5, probes: int | None = None
+) -> Callable[..., Any]:
+    """`estimate` of `Likelihood`, where it is `log_likelihood` or `joint_bound`.
+
+    Args:
+        log_p: (params, keys [n], x [n, …], **options of `log_likelihood`) ↦ its result.
+        tolerance: of the solver, relative and absolute, for the worst example.
+        probes: of the trace, an example; None for the exact one.
+
+    Returns:
+        The function, whose options `tolerance`, `probes` and `per_example` can be given anew.
+
+    Raises:
+        ValueError: for a tolerance that is not positive, or probes < 1.
+    """
+    adaptive(tolerance)
+    if probes is not None and probes < 1:
+        raise ValueError(f"probes must be at least 1, got {probes}.")
+
+    def estimate(params, keys, x, *, tolerance=tolerance, probes=probes, per_example=False):
+        options = {"probes": probes, "controller": adaptive(tolerance), "per_example": per_example}
+        return log_p(params, keys, x, **options)
+
+    return estimate
 
 
 def samplers(

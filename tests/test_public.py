@@ -29,6 +29,7 @@ from jaxdiff.distributions import BlockNormal
 from jaxdiff.experiment import load_config
 from jaxdiff.objectives import elbo, improved_ddpm, vdm
 from jaxdiff.objectives.d3pm import categorical_bound, masked_cross_entropy
+from jaxdiff.objectives.dequantization import dequantized
 from jaxdiff.processes import d3pm, linear_sde
 from jaxdiff.processes.base import example_keys
 from jaxdiff.samplers import analytic_dpm
@@ -142,6 +143,14 @@ def _vector_sde(n):
 
 
 # One entry a class; the number reaches a leaf wherever the class has any.
+def _half_filled(params, centres, noise):
+    return jnp.full_like(centres, 0.5), noise.reshape(len(noise), -1).sum(1)
+
+
+def _power(n, params, key, batch):
+    return (batch["x"].reshape(len(batch["x"]), -1) ** (2 * n)).sum(1), {}
+
+
 NOUNS = {
     "LinearBeta": _schedule(lambda n: jd.linear_beta(0.1, 10.0 + n)),
     "SubVP": _schedule(lambda n: jd.subvp(0.1, 10.0 + n)),
@@ -245,6 +254,16 @@ NOUNS = {
     "LevelDecoder": Noun(
         lambda n: vdm.LevelDecoder(centres=n * jnp.linspace(-1.0, 1.0, 5)),
         lambda decoder: decoder(X[0], jd.Normal(X[1], 0.1)),
+    ),
+    "Dequantized": Noun(
+        lambda n: dequantized(Partial(_power, n), _half_filled, levels=4),
+        lambda objective: objective({"model": {}, "dequantizer": {}}, KEY, BATCH)[0],
+    ),
+    "MaximumLikelihood": Noun(
+        lambda n: jd.maximum_likelihood(
+            apply, jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)), jd.x0(), jnp.array([1.0, 0.5, 0.1])
+        ),
+        lambda objective: objective({"w": jnp.float32(1.0)}, KEY, BATCH)[0],
     ),
     "ScoreMatching": Noun(
         lambda n: jd.sliced_score_matching(no_noise),

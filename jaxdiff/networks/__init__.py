@@ -6,6 +6,7 @@ processes or of what its output means: that is the parameterization's business. 
 only if a random key named "dropout" is given: `apply(..., rngs={"dropout": key})`.
 """
 
+from jaxdiff.networks.dequantizer import Dequantizer as Dequantizer
 from jaxdiff.networks.embeddings import GaussianFourier as GaussianFourier
 from jaxdiff.networks.embeddings import Sinusoidal as Sinusoidal
 from jaxdiff.networks.embeddings import SmoothFeatures as SmoothFeatures
@@ -18,6 +19,7 @@ from jaxdiff.networks.unet import UNet as UNet
 __all__ = [
     "MLP",
     "Conservative",
+    "Dequantizer",
     "GaussianFourier",
     "Sinusoidal",
     "SmoothFeatures",
