@@ -46,7 +46,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxdiff import struct, trace
 from jaxdiff.compile import jit
 from jaxdiff.processes.base import SDE, Augmented, Denoiser, example_keys, score
-from jaxdiff.solve import adaptive, as_time, check_countable, integrate, one_by_one
+from jaxdiff.solve import adaptive, as_time, check_countable, clock_of, integrate, one_by_one
 from jaxdiff.typing import Key, Scalar, State
 
 __all__ = [
@@ -113,7 +113,8 @@ def log_likelihood(
         t1: where the prior is placed, in (t0, 1].
         solver: an explicit Runge–Kutta solver of diffrax; by default `Dopri5`.
         controller: a diffrax step-size controller; by default adaptive with relative and absolute
-            tolerance 1e-5, in the norm of the worst example.
+            tolerance 1e-5, in the norm of the worst example, on the clock of `solve.clock_of`. One
+            that names times (`StepTo`) names t.
         per_example: whether each example chooses its own steps: its result then does not depend on
             the batch around it, and one that does not converge spoils no other.
         max_steps: solver steps after which to give up.
@@ -224,18 +225,23 @@ def _log_likelihood(
     finite = jnp.all(jnp.isfinite(x.reshape(x.shape[0], -1)), axis=1)
     x = jax.vmap(jnp.where, (0, 0, None))(finite, x, 0.0)
 
-    def field(t, state, args):
-        process, denoise, directions = args
-        return _divergence(process, denoise, t, state[0], directions)
+    clock = clock_of(process, t0, t1, controller)
+
+    def field(tau, state, args):
+        process, denoise, directions, clock = args
+        velocity, slopes, pull = _divergence(
+            process, denoise, clock.time(tau), state[0], directions
+        )
+        return clock.rate(tau) * velocity, clock.rate(tau) * slopes, pull
 
     estimates = 1 if probes is None else probes
     start = (x, jnp.zeros((x.shape[0], estimates), x.dtype), jnp.zeros_like(x))
     solution = integrate(
         diffrax.ODETerm(field),
         start,
-        t0,
-        t1,
-        (process, denoise, directions),
+        clock.of(t0),
+        clock.of(t1),
+        (process, denoise, directions, clock),
         solver=solver,
         controller=controller,
         max_steps=max_steps,

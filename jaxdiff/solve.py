@@ -11,6 +11,10 @@ have the same marginals. (`jaxdiff.likelihood` adds the flow's change of volume.
 Time in diffrax always increases. diffrax's stochastic Runge–Kutta solvers ignore the sign of a
 negative step, and give wrong samples without an error; so whatever runs from t = 1 to t = 0 is
 solved on the clock τ = −t, which also keeps every digit of a small t.
+
+Where noise sets in at once, as in a variance-preserving process, σ grows with √t, and a network's
+error in ε makes the flow's velocity a multiple of t^−½ there. Solvers that choose their steps would
+crawl through that pole; on the clock τ = ±√t there is none.
 """
 
 import math
@@ -31,11 +35,13 @@ from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.typing import Grid, Key, Scalar, State, Time
 
 __all__ = [
+    "Clock",
     "Flow",
     "Solution",
     "adaptive",
     "as_time",
     "check_countable",
+    "clock_of",
     "integrate",
     "one_by_one",
     "probability_flow",
@@ -194,7 +200,8 @@ def probability_flow(
         solver: a diffrax ODE solver; by default `Dopri5`.
         controller: a diffrax step-size controller; by default adaptive with relative and absolute
             tolerance 1e-4, in the norm of the worst example. One that names times (`StepTo`) names
-            them on the increasing clock τ = t, or τ = −t if t1 < t0.
+            them on the increasing clock τ = t, or τ = −t if t1 < t0; one that chooses them runs on
+            `Clock`.
         per_example: whether each example chooses its own steps: its result then does not depend on
             the batch around it at all, at the cost of waiting for the slowest.
         times: [n] times from t0 towards t1 at which to return the states, by dense output.
@@ -399,19 +406,19 @@ def _probability_flow(
     adjoint,
     progress,
 ):
-    sign = _direction(t0, t1)
+    clock = clock_of(process, t0, t1, controller)
 
-    def field(clock, x, args):
-        process, denoise, sign = args
-        return sign * _flow_field(process, denoise, sign * clock, x)
+    def field(tau, x, args):
+        process, denoise, clock = args
+        return clock.rate(tau) * _flow_field(process, denoise, clock.time(tau), x)
 
     solution = integrate(
         diffrax.ODETerm(field),
         x,
-        sign * t0,
-        sign * t1,
-        (process, denoise, sign),
-        times=None if times is None else sign * times,
+        clock.of(t0),
+        clock.of(t1),
+        (process, denoise, clock),
+        times=None if times is None else clock.of(times),
         solver=solver,
         controller=controller,
         max_steps=max_steps,
@@ -580,9 +587,45 @@ def _finish(denoise, solution: Solution, t1, final_denoise, *, trajectory) -> Fl
     return Flow(x.at[-1].set(last) if trajectory else last, calls + 1)
 
 
-def _direction(t0: Time, t1: Time) -> Time:
-    """The sign that makes times from t0 to t1 increase."""
-    return jnp.where(t1 < t0, -1.0, 1.0).astype(t0.dtype)
+class Clock(NamedTuple):
+    """An increasing clock for times that rise or fall: τ = ±t^(1/power).
+
+    Attributes:
+        sign: −1 for falling times.
+        power: 1, or 2 where noise sets in at once.
+    """
+
+    sign: Time
+    power: Time
+
+    def of(self, t: Array) -> Array:
+        """τ at t."""
+        return self.sign * jnp.where(self.power == 2.0, jnp.sqrt(t), t)
+
+    def time(self, tau: Time) -> Time:
+        """t at τ."""
+        return jnp.where(self.power == 2.0, tau**2, self.sign * tau)
+
+    def rate(self, tau: Time) -> Time:
+        """dt/dτ."""
+        return jnp.where(self.power == 2.0, 2.0 * tau, self.sign)
+
+
+def clock_of(
+    process: SDE, t0: Time, t1: Time, controller: diffrax.AbstractStepSizeController
+) -> Clock:
+    """The clock on which a flow from t0 to t1 is solved.
+
+    Where steps are chosen by error, and σ² = g² t at the earlier of the two times to a quarter of
+    it, so that σ ∝ √t, it is ±√t; otherwise ±t.
+    """
+    sign, power = jnp.where(t1 < t0, -1.0, 1.0).astype(t0.dtype), jnp.ones_like(t0)
+    if _chooses(controller) and isinstance(process, Gaussian):
+        early = jnp.minimum(t0, t1)
+        _, sigma = process.schedule(early)
+        share = process.diffusion(early) ** 2 * early / sigma**2
+        power = jax.lax.stop_gradient(jnp.where(jnp.abs(share - 1.0) < 0.25, 2.0, power))
+    return Clock(sign, power)
 
 
 def _chooses(controller: diffrax.AbstractStepSizeController | None) -> bool:

@@ -18,6 +18,7 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 REDUCED = {
     "01_quickstart": "STEPS, BATCH, WIDTH, BLOCKS, CALLS, IMAGES = 20, 32, 8, 1, 8, 16",
     "02_processes_and_samplers": "POINTS, PATHS, FINE, BUDGETS = 1000, 12, 200, (5, 20)",
+    "03_likelihood": "POINTS, MESH, STEPS, WIDTH, IMAGES, DRAWS = 300, 12, 20, 8, 16, 4",
 }
 
 
@@ -63,6 +64,12 @@ def samplers(tmp_path_factory):
     return execute("02_processes_and_samplers", tmp_path_factory.mktemp("notebook"))
 
 
+@pytest.fixture(scope="module")
+def likelihood(tmp_path_factory):
+    """The executed notebook."""
+    return execute("03_likelihood", tmp_path_factory.mktemp("notebook"))
+
+
 def printed(notebook):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
@@ -94,10 +101,10 @@ def pictures(notebook):
     ]
 
 
-def test_notebooks_draw_their_pictures(quickstart, samplers):
-    for notebook in (quickstart, samplers):
+def test_notebooks_draw_their_pictures(quickstart, samplers, likelihood):
+    for notebook, count in ((quickstart, 6), (samplers, 6), (likelihood, 5)):
         found = pictures(notebook)
-        assert len(found) == len(set(found)) == 6
+        assert len(found) == len(set(found)) == count
 
 
 def test_quickstart_finds_its_numbers(quickstart):
@@ -132,3 +139,26 @@ def test_samplers_notebook_finds_its_numbers(samplers):
     (best,) = re.findall(r"^20 calls: .+, ([.\d]+)$", text, re.M)
     (floor,) = re.findall(r"data to data: ([.\d]+)", text)
     assert float(best) < 2 * float(floor)
+
+
+def test_likelihood_notebook_finds_its_numbers(likelihood):
+    text = printed(likelihood)
+    ((mean, rms),) = re.findall(r"mean error ([-+.\de]+) nats, root mean square ([.\de-]+)", text)
+    assert abs(float(mean)) < 1e-3
+    assert float(rms) < 5e-3
+    measured, stated = (
+        [float(v) for v in re.search(rf"solver, {name}: (.+)", text).group(1).split(", ")]
+        for name in ("measured", "stated")
+    )
+    assert measured == sorted(measured, reverse=True)
+    assert all(m < s for m, s in zip(measured[1:], stated[1:], strict=True))
+    for row in re.findall(r"within one standard error ([.\d]+), expected ([.\d]+)", text):
+        share, expected = map(float, row)
+        assert abs(share - expected) < 0.1
+    assert "uniform model: 4.0875 bits/dim, log2 17 = 4.0875" in text
+    for name in ("grey levels, bound", "points in their cells, exact"):
+        ((bits, stderr),) = re.findall(rf"{name}: ([.\d]+) ± ([.\d]+) bits/dim", text)
+        assert 1.5 < float(bits) < 12.0
+        assert 0.0 < float(stderr) < 0.1 * float(bits)
+    (error,) = re.findall(r"largest error ([.\d]+) of", text)
+    assert float(error) < 0.05
