@@ -129,24 +129,23 @@ def experiment(config: Config) -> jd.Experiment:
         return jd.sample(step, denoiser(params), grid, noise, x, **options)
 
     def bound_of_levels(params, keys, x, **accuracy):
-        found = []
-        for draw in range(config.draws):
-            draw_keys = jax.vmap(lambda key, i=draw: jax.random.split(jax.random.fold_in(key, i)))(
-                keys
+        def of_one_draw(i):
+            own = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, i)))(keys)
+            y, log_q = points(params, own[:, 0], x)
+            found = jd.log_likelihood(
+                process, denoiser(params), y, key=own[:, 1], t0=config.t_min, **accuracy
             )
-            y, log_q = points(params, draw_keys[:, 0], x)
-            one = jd.log_likelihood(
-                process, denoiser(params), y, key=draw_keys[:, 1], t0=config.t_min, **accuracy
-            )
-            found.append(one._replace(value=one.value - log_q))
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
-        share = jax.nn.softmax(stacked.value, axis=0)
-        return found[0]._replace(
-            value=importance_weighted(stacked.value),
-            stderr=jnp.sqrt(jnp.sum((share * stacked.stderr) ** 2, axis=0)),
-            solver_error=jnp.sum(share * stacked.solver_error, axis=0),
-            num_evaluations=jnp.sum(stacked.num_evaluations, axis=0),
-            converged=jnp.all(stacked.converged, axis=0),
+            return found._replace(value=found.value - log_q)
+
+        found = jax.lax.map(of_one_draw, jnp.arange(config.draws))
+        share = jax.nn.softmax(found.value, axis=0)
+        return found._replace(
+            value=importance_weighted(found.value),
+            stderr=jnp.sqrt(jnp.sum((share * found.stderr) ** 2, axis=0)),
+            solver_error=jnp.sum(share * found.solver_error, axis=0),
+            latent=found.latent[0],
+            num_evaluations=jnp.sum(found.num_evaluations, axis=0),
+            converged=jnp.all(found.converged, axis=0),
         )
 
     return image_experiment(

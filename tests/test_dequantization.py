@@ -10,7 +10,7 @@ import pytest
 
 from jaxdiff.data.batches import FreshBatches
 from jaxdiff.data.images import to_model
-from jaxdiff.evaluation import evaluate
+from jaxdiff.data_likelihood import likelihood_report, likelihood_rows
 from jaxdiff.experiment import load_config
 from jaxdiff.networks import Dequantizer
 from jaxdiff.objectives.dequantization import dequantized, fill
@@ -108,7 +108,7 @@ def test_a_trained_flow_closes_the_gap_of_uniform_noise():
     loss = -jax.scipy.stats.norm.logpdf(grid, mean, std).mean(1) - math.log(0.5) + jnp.log(mass)
     np.testing.assert_allclose(gaps[0], float((mass * loss).sum() / mass.sum()), rtol=0.05)
     assert gaps[0] > 0.25
-    assert -0.002 < gaps[1] < 0.01
+    assert -0.002 < gaps[1] < 0.05 * gaps[0]
 
 
 def test_bound_sees_the_points_and_what_else_the_batch_holds():
@@ -155,13 +155,13 @@ def test_untrained_flow_and_uniform_noise_have_the_same_bound():
 
 def test_more_draws_tighten_the_bound():
     """Four importance-weighted points against one, with every direction for the trace."""
-    options = {"dequantisation": "uniform", "eval_images": 16, "probes": 64, "tolerance": 1e-3}
+    options = {"dequantisation": "uniform", "eval_images": 8, "probes": 64, "tolerance": 1e-3}
     bits = []
     for draws in (1, 4):
         experiment = configured(draws=draws, **options)
         params = jax.jit(experiment.init)(KEY)
         part = experiment.likelihood
-        found = part.estimate(params, jax.random.split(KEY, 16), part.examples("test", KEY))
+        found = part.estimate(params, jax.random.split(KEY, 8), part.examples("test", KEY))
         bits.append(part.bits(-np.asarray(found.value, np.float64)).mean())
         assert found.converged.all()
         assert jnp.isfinite(found.stderr).all()
@@ -180,7 +180,11 @@ def test_config_trains_and_reports(way):
     assert np.isfinite(metrics["loss"])
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, state.params["dequantizer"])
     assert any(jax.tree.leaves(moved)) == (way == "variational")
-    report = evaluate(experiment, state.ema_params, KEY)["likelihood"]
+    part = experiment.likelihood
+    examples = part.examples("test", KEY)
+    rows = likelihood_rows(part, state.ema_params, examples, KEY)
+    report = likelihood_report(part, examples, rows)
+    assert np.isfinite(report["bits_per_dim"])
     assert (report["dequantisation"], report["draws"], report["examples"]) == (way, 1, 8)
 
 
