@@ -82,7 +82,7 @@ def experiment(config: Config) -> jd.Experiment:
         held_out_loss=matching(),
         run=run,
         grid=grid,
-        estimate=solved(bound, tolerance=config.tolerance, probes=config.probes),
+        estimate=solved(bound, tolerance=config.tolerance, probes=config.probes, shape=(2, *shape)),
         sweeps={"tolerance": (1e-2, 1e-3, 1e-4), "probes": (1, 2, 4, 8)},
         further={"probes": lambda: config.probes},
     )

@@ -79,7 +79,7 @@ def experiment(config: Config) -> jd.Experiment:
         held_out_loss=denoising(),
         run=run,
         grid=grid,
-        estimate=solved(log_p, tolerance=config.tolerance, probes=config.probes),
+        estimate=solved(log_p, tolerance=config.tolerance, probes=config.probes, shape=shape),
         sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5), "probes": (1, 2, 4, 8)},
         further={"probes": lambda: config.probes},
     )

@@ -158,7 +158,9 @@ def experiment(config: Config) -> jd.Experiment:
         held_out_loss=of_levels(denoising()),
         run=run,
         grid=grid,
-        estimate=solved(bound_of_levels, tolerance=config.tolerance, probes=config.probes),
+        estimate=solved(
+            bound_of_levels, tolerance=config.tolerance, probes=config.probes, shape=shape
+        ),
         place=lambda keys, x: dequantize(keys, x, levels),
         sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5), "probes": (1, 2, 4, 8)},
         further={"dequantisation": lambda: config.dequantisation, "draws": lambda: config.draws},

@@ -285,6 +285,7 @@ def _evaluate(words: Sequence[str]) -> None:
         if options.split not in SPLITS:
             raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {options.split!r}.")
         experiment = load_run(options.run)
+        experiment.batches()  # the data are there, and of the run's shape
         if options.split != "test" and experiment.likelihood is None:
             raise ValueError(f"--split {options.split}: RUN {options.run} has no likelihood.")
     params = _parameters(experiment, options.run)

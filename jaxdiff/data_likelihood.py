@@ -2,11 +2,13 @@
 
 Example i has the key fold_in(key, i), and chunks begin at multiples of their size: so a table that
 was begun yesterday ends as if it had never been interrupted. It holds a fingerprint of parameters,
-data and key in each row; rows of anything else are not gone on with.
+data, key and chunk size in each row; rows of anything else are not gone on with. (How an estimate
+is made is no part of it: another estimate wants another file.)
 """
 
 import csv
 import functools
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +27,9 @@ from jaxdiff.typing import Key, Params
 
 __all__ = ["in_chunks", "likelihood_report", "likelihood_rows", "likelihood_sweeps"]
 
-# What an estimate may tell beside its value, and the column that keeps it.
+# Columns, and what an estimate calls them; the first is minus that, and alone always there.
 _COLUMNS = {
+    "nll_nats": "value",
     "stderr_nats": "stderr",
     "solver_error_nats": "solver_error",
     "calls": "num_evaluations",
@@ -85,20 +88,26 @@ def likelihood_rows(
     Returns:
         Columns [n]: "index", "nll_nats", where the run has it "bits_per_dim", and what the estimate
         tells of "stderr_nats", "solver_error_nats", "calls" and "converged".
+
+    Raises:
+        ValueError: if there are no examples.
     """
     from tqdm import tqdm
 
     count = len(jax.tree.leaves(examples)[0])
+    if count == 0:
+        raise ValueError("examples must hold one at least, got none.")
     size = min(likelihood.size, count)
     if mesh is not None and size >= mesh.size:
         size -= size % mesh.size
     else:
         mesh = None
-    fingerprint = f"{_checksum((params, examples, jax.random.key_data(key))):08x}"
+    fingerprint = f"{_checksum((params, examples, jax.random.key_data(key), size)):08x}"
     rows = [] if path is None else _read(path, fingerprint, size, count)
     if path is not None:
         _begin(path, rows)
-    run = functools.partial(_solver(likelihood, mesh), params)
+    solve = _solver(likelihood.estimate, mesh, _solves(likelihood))
+    run = functools.partial(solve, params)
     with tqdm(initial=len(rows), total=count, unit="example", disable=not progress) as bar:
         for found in _chunks(run, key, count, (examples,), size, start=len(rows)):
             fresh = _rows(likelihood, found, len(rows), fingerprint)
@@ -159,24 +168,28 @@ def likelihood_sweeps(
 
     Returns:
         For each name, a row a value: {name: value, "nll_nats", "nll_nats_stderr" of the probes,
-        "solver_error_nats", "calls"}; what the estimate does not tell is None.
+        "solver_error_nats", "calls"}, of the examples that converged; what the estimate does not
+        tell is None.
     """
     part = jax.tree.map(lambda a: a[:count], examples)
     size = len(jax.tree.leaves(part)[0])
 
     def row(name, value):
-        estimate = functools.partial(likelihood.estimate, params, **{name: value})
-        (found,) = in_chunks(estimate, key, size, part, size=size)
-        nats, probes, solver = (
-            np.asarray(column, np.float64)
-            for column in (found.value, found.stderr, found.solver_error)
-        )
+        estimate = functools.partial(likelihood.estimate, **{name: value})
+        run = functools.partial(_solver(estimate, None, _solves(likelihood)), params)
+        (found,) = in_chunks(run, key, size, part, size=size)
+        good = found["converged"]
+
+        def mean(values):
+            return _number(values[good].mean(dtype=np.float64)) if good.any() else None
+
+        variance = mean(found["stderr_nats"] ** 2)
         return {
             name: value,
-            "nll_nats": _number(-nats.mean()),
-            "nll_nats_stderr": _number(np.sqrt(np.mean(probes**2) / size)),
-            "solver_error_nats": _number(solver.mean()),
-            "calls": int(jnp.max(found.num_evaluations)),
+            "nll_nats": mean(found["nll_nats"]),
+            "nll_nats_stderr": None if variance is None else math.sqrt(variance / good.sum()),
+            "solver_error_nats": mean(found["solver_error_nats"]),
+            "calls": int(found["calls"].max()),
         }
 
     return {
@@ -203,23 +216,30 @@ def _chunks(
         yield jax.tree.map(lambda a, n=first - begin: a[n:], run(keys, *parts))
 
 
-def _solver(likelihood: Likelihood, mesh: Mesh | None) -> Callable[..., dict[str, np.ndarray]]:
-    """(params, keys, examples) ↦ what the estimate tells, on the host."""
+def _solves(likelihood: Likelihood) -> bool:
+    """Whether the estimate solves an equation, and so may fail and be tried again."""
+    return "tolerance" in likelihood.sweeps
 
-    def telling(params, keys, examples, **options):
-        found = likelihood.estimate(params, keys, examples, **options)
-        names = {"nll_nats": "value", **_COLUMNS}
-        return {name: getattr(found, of) for name, of in names.items() if hasattr(found, of)}
 
-    whole = functools.partial(telling)
-    alone = functools.partial(telling, per_example=True)
-    if mesh is not None:
-        whole, alone = per_shard(whole, mesh), per_shard(alone, mesh)
+def _solver(
+    estimate: Callable[..., Any], mesh: Mesh | None, retry: bool
+) -> Callable[..., dict[str, np.ndarray]]:
+    """(params, keys, examples) ↦ columns, on the host."""
+    # One program for all chunks and, where nothing is bound to the function, for all calls.
+    compiled = jax.jit if mesh is None else functools.partial(per_shard, mesh=mesh)
+    whole = compiled(estimate)
+    alone = compiled(functools.partial(estimate, per_example=True))
+
+    def columns(run, *args):
+        found = run(*args)
+        told = {name: getattr(found, of) for name, of in _COLUMNS.items() if hasattr(found, of)}
+        columns = jax.device_get(told)
+        return columns | {"nll_nats": -columns["nll_nats"].astype(np.float64)}
 
     def solve(params, keys, examples):
-        found = jax.device_get(whole(params, keys, examples))
-        if "tolerance" in likelihood.sweeps and not found["converged"].all():
-            again = jax.device_get(alone(params, keys, examples))
+        found = columns(whole, params, keys, examples)
+        if retry and not found["converged"].all():
+            again = columns(alone, params, keys, examples)
             found = {n: np.where(found["converged"], found[n], again[n]) for n in found}
         return found
 
@@ -229,11 +249,8 @@ def _solver(likelihood: Likelihood, mesh: Mesh | None) -> Callable[..., dict[str
 def _rows(
     likelihood: Likelihood, found: Mapping[str, np.ndarray], first: int, fingerprint: str
 ) -> list[Row]:
-    columns: Row = {"nll_nats": -found["nll_nats"].astype(np.float64)}
-    if likelihood.bits is not None:
-        columns["bits_per_dim"] = likelihood.bits(columns["nll_nats"])
-    columns |= {name: found[name] for name in _COLUMNS if name in found}
-    columns = {name: values.tolist() for name, values in columns.items()}
+    bits = {} if likelihood.bits is None else {"bits_per_dim": likelihood.bits(found["nll_nats"])}
+    columns = {name: values.tolist() for name, values in (dict(found) | bits).items()}
     return [
         {"index": first + i, "fingerprint": fingerprint, **dict(zip(columns, values, strict=True))}
         for i, values in enumerate(zip(*columns.values(), strict=True))
@@ -244,14 +261,15 @@ def _read(path: Path, fingerprint: str, size: int, count: int) -> list[Row]:
     """The rows of whole chunks of the same work that a file begins with."""
     rows: list[Row] = []
     if path.is_file():
-        with path.open(newline="") as file:
-            for line in csv.DictReader(file):
-                if line.get("fingerprint") != fingerprint or line.get("index") != str(len(rows)):
-                    break
-                try:
-                    rows.append({name: _value(name, text) for name, text in line.items()})
-                except (KeyError, TypeError, ValueError):
-                    break  # it was being written
+        # A last line without its end was being written.
+        whole = path.read_text().rpartition("\n")[0].splitlines()
+        for line in csv.DictReader(whole):
+            if line.get("fingerprint") != fingerprint or line.get("index") != str(len(rows)):
+                break
+            try:
+                rows.append({name: _value(name, text) for name, text in line.items()})
+            except (KeyError, TypeError, ValueError):
+                break
     return rows[:count] if len(rows) >= count else rows[: len(rows) // size * size]
 
 

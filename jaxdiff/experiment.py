@@ -36,7 +36,7 @@ class Likelihood:
         examples: (split, key) ↦ a tree of arrays [n, …], n ≥ 2; split is "train", "validation" or
             "test".
         estimate: (parameters, keys [m], examples [m, …]) ↦ log p, or a bound of it, as .value [m]
-            in nats; and, where they apply, the other attributes of `LogLikelihood`.
+            in nats; and, where they apply, the other attributes of `LogLikelihood`. It is compiled.
         bits: −log p in nats ↦ bits a dimension, or None.
         further: (examples, −log p [n]) ↦ JSON-able entries of the report, or None.
         sweeps: option of `estimate` ↦ values of it: how accurate it is shown to be. One that has

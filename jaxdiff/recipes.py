@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxdiff import evaluation, metrics, networks, plotting
+from jaxdiff import evaluation, metrics, networks, plotting, trace
 from jaxdiff.data.batches import Batches, FreshBatches
 from jaxdiff.data.images import Images, dequantize, load_images
 from jaxdiff.data.toys import TOYS, Toy
@@ -453,7 +453,11 @@ def one_of(config: Any, **allowed: Sequence[str]) -> None:
 
 
 def solved(
-    log_p: Callable[..., Any], *, tolerance: float = 1e-5, probes: int | None = None
+    log_p: Callable[..., Any],
+    *,
+    tolerance: float = 1e-5,
+    probes: int | None = None,
+    shape: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     """`estimate` of `Likelihood`, where it is `log_likelihood` or `joint_bound`.
 
@@ -461,16 +465,20 @@ def solved(
         log_p: (params, keys [n], x [n, …], **options of `log_likelihood`) ↦ its result.
         tolerance: of the solver, relative and absolute, for the worst example.
         probes: of the trace, an example; None for the exact one.
+        shape: of the process's states, which bounds the number of probes.
 
     Returns:
         The function, whose options `tolerance`, `probes` and `per_example` can be given anew.
 
     Raises:
-        ValueError: for a tolerance that is not positive, or probes < 1.
+        ValueError: for a tolerance that is not positive, or a number of probes out of range.
     """
     adaptive(tolerance)
-    if probes is not None and probes < 1:
-        raise ValueError(f"probes must be at least 1, got {probes}.")
+    if probes is not None:
+        if probes < 1:
+            raise ValueError(f"probes must be at least 1, got {probes}.")
+        draw = functools.partial(trace.orthogonal, count=probes, shape=shape, dtype=jnp.float32)
+        jax.eval_shape(draw, jax.random.key(0))  # or it says what they may be
 
     def estimate(params, keys, x, *, tolerance=tolerance, probes=probes, per_example=False):
         options = {"probes": probes, "controller": adaptive(tolerance), "per_example": per_example}

@@ -220,6 +220,7 @@ OPTIONS = {
     "no sampler steps": (["--sampler-steps", "0"], "steps"),
     "no samples": (["--eval-samples", "0"], "eval_samples"),
     "no probes": (["--probes", "0"], "probes"),
+    "too many probes": (["--probes", "99999"], "probes must be at most"),
     "no tolerance": (["--tolerance", "0"], "tolerance"),
     "no data set": (["--dataset", "missing.npz"], "missing.npz"),
 }

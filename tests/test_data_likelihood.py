@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ def parts(estimate=estimate, **options):
 
 def counted(calls):
     def counting(params, keys, x, **options):
-        calls.append(len(x))
+        jax.debug.callback(lambda: calls.append(len(x)))
         return estimate(params, keys, x, **options)
 
     return parts(counting)
@@ -60,9 +62,10 @@ def test_rows_are_those_of_the_estimate():
         found = estimate(SHIFT, keys[chunk], X[chunk])
         fresh = slice(16, 22) if chunk.start == 14 else chunk
         skip = fresh.start - chunk.start
-        np.testing.assert_allclose(rows["nll_nats"][fresh], -found.value[skip:], rtol=1e-6)
+        np.testing.assert_allclose(rows["nll_nats"][fresh], -found.value[skip:], rtol=1e-5)
         np.testing.assert_allclose(rows["stderr_nats"][fresh], found.stderr[skip:], rtol=1e-5)
-        np.testing.assert_allclose(rows["solver_error_nats"][fresh], found.solver_error[skip:])
+        error = found.solver_error[skip:]  # differences of nearly equal numbers
+        np.testing.assert_allclose(rows["solver_error_nats"][fresh], error, rtol=1e-2)
         np.testing.assert_array_equal(rows["calls"][fresh], found.num_evaluations[skip:])
     np.testing.assert_array_equal(rows["index"], np.arange(22))
     assert rows["nll_nats"].dtype == np.float64
@@ -80,6 +83,7 @@ def test_a_table_is_gone_on_with(tmp_path, left):
     cut.write_text("".join(lines[: 1 + left]) + lines[1 + left][:7])
     calls = []
     again = likelihood_rows(counted(calls), SHIFT, X, KEY, path=cut)
+    jax.effects_barrier()
     assert len(calls) == 3 - left // 8
     assert cut.read_text() == whole.read_text()
     for name in rows:
@@ -87,10 +91,58 @@ def test_a_table_is_gone_on_with(tmp_path, left):
     assert {path.name for path in tmp_path.iterdir()} == {"whole.csv", "cut.csv"}
 
 
+@pytest.mark.parametrize("lost", [1, 2, 5])
+def test_a_number_that_was_being_written_is_no_number(tmp_path, lost):
+    """A bound tells its value alone, and a line of numbers may be cut so that it still reads."""
+
+    def plain(params, keys, x):
+        class Found(NamedTuple):
+            value: Any
+
+        return Found(-jnp.sum(x**2, axis=1) / 7)
+
+    whole, cut = tmp_path / "whole.csv", tmp_path / "cut.csv"
+    rows = likelihood_rows(parts(plain), SHIFT, X, KEY, path=whole)
+    assert list(rows) == ["index", "nll_nats"]
+    cut.write_text(whole.read_text()[:-lost])
+    again = likelihood_rows(parts(plain), SHIFT, X, KEY, path=cut)
+    np.testing.assert_array_equal(again["nll_nats"], rows["nll_nats"])
+    assert cut.read_text() == whole.read_text()
+
+
+def test_one_program_serves_all_chunks_and_calls():
+    traced = []
+
+    def watched(params, keys, x):
+        traced.append(x.shape)
+        return estimate(params, keys, x)
+
+    likelihood = parts(watched)
+    for _ in range(2):
+        likelihood_rows(likelihood, SHIFT, X, KEY)
+    assert len(traced) == 1
+
+
+def test_a_bar_counts_what_was_done_before(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    likelihood_rows(parts(), SHIFT, X, KEY, path=path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
+    likelihood_rows(parts(), SHIFT, X, KEY, path=path, progress=True)
+    bar = capsys.readouterr().err
+    assert "8/22" in bar
+    assert "22/22" in bar
+
+
+def test_no_examples_are_refused():
+    with pytest.raises(ValueError, match="examples must hold one at least"):
+        likelihood_rows(parts(), SHIFT, X[:0], KEY)
+
+
 def test_a_finished_table_is_read(tmp_path):
     likelihood_rows(parts(), SHIFT, X, KEY, path=tmp_path / "rows.csv")
     calls = []
     rows = likelihood_rows(counted(calls), SHIFT, X, KEY, path=tmp_path / "rows.csv")
+    jax.effects_barrier()
     assert not calls
     assert (rows["nll_nats"].dtype, rows["calls"].dtype) == (np.float64, np.int64)
 
@@ -109,6 +161,7 @@ def test_rows_of_something_else_are_not_gone_on_with(tmp_path, other):
     before = likelihood_rows(parts(), **work, path=path)
     calls = []
     after = likelihood_rows(counted(calls), **work | other, path=path)
+    jax.effects_barrier()
     assert len(calls) == 3
     assert (before["nll_nats"] != after["nll_nats"]).any()
     with path.open(newline="") as file:
@@ -160,6 +213,19 @@ def test_only_what_fails_alone_is_lost():
     json.dumps(report, allow_nan=False)
 
 
+def test_a_sweep_is_of_those_that_converge():
+    x = X.copy()
+    x[10] = 100.0
+    likelihood = parts(rough, sweeps={"tolerance": (1e-4,)})
+    (row,) = likelihood_sweeps(likelihood, SHIFT, x, KEY)["tolerance"]
+    fair = likelihood_rows(likelihood, SHIFT, np.delete(X, 10, axis=0), KEY)
+    assert row["nll_nats"] == pytest.approx(fair["nll_nats"].mean(), rel=1e-3)
+    assert row["solver_error_nats"] == pytest.approx(fair["solver_error_nats"].mean(), rel=1e-2)
+    (row,) = likelihood_sweeps(likelihood, SHIFT, np.full((4, 2), 100.0), KEY)["tolerance"]
+    assert row["nll_nats"] is None
+    json.dumps(row, allow_nan=False)
+
+
 def test_nothing_left_is_no_mean():
     likelihood = parts(rough, sweeps={"tolerance": (1e-4,)})
     x = np.full((4, 2), 100.0, np.float32)
@@ -190,7 +256,7 @@ def test_sweeps_tell_how_accurate_the_estimate_is():
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(KEY, jnp.arange(10))
     for name in sweeps:
         for row in sweeps[name]:
-            found = estimate(SHIFT, keys, X[:10], **{name: row[name]})
+            found = jax.jit(partial(estimate, **{name: row[name]}))(SHIFT, keys, X[:10])
             assert row["nll_nats"] == pytest.approx(-float(found.value.mean()), rel=1e-5)
             assert row["calls"] == int(found.num_evaluations.max())
     loose, tight = sweeps["tolerance"]

@@ -14,6 +14,7 @@ from scipy import stats
 import jaxdiff as jd
 from jaxdiff import latents
 from jaxdiff.processes.base import Denoised
+from jaxdiff.schedules import learned_gamma
 from jaxdiff.solve import adaptive
 
 KEY = jax.random.key(0)
@@ -23,6 +24,8 @@ PROCESSES = {
     "sub-VP": jd.Gaussian(SCHEDULES["subvp"]),
     "VE": jd.Gaussian(SCHEDULES["exploding"]),
     "EDM": jd.Gaussian(SCHEDULES["edm"]),
+    "flow": jd.Gaussian(SCHEDULES["straight"]),
+    "learned": jd.Gaussian(learned_gamma(-13.0, 9.0, hidden=8)),
 }
 every_process = pytest.mark.parametrize("name", PROCESSES)
 

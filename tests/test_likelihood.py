@@ -10,16 +10,19 @@ from oracles import GMM5, SCHEDULES, GaussianData
 import jaxdiff as jd
 from jaxdiff import likelihood, networks, trace
 from jaxdiff.parallel import data_mesh, per_shard
+from jaxdiff.schedules import learned_gamma
 from jaxdiff.solve import adaptive
 
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 KEY = jax.random.key(0)
 VP = jd.Gaussian(SCHEDULES["linear_beta"])
+# Of ends so wide that its prior is that of the mixture's x_1.
+LEARNED = jd.Gaussian(learned_gamma(-13.0, 9.0, hidden=8))
 
 
 @every_schedule
 def test_likelihood_of_gaussian_data_is_exact(name):
-    """B16, with prior and diffusion of every schedule: the truth to 1e-3 nats in the mean.
+    """B16, with prior and diffusion of every schedule: the truth to 2e-3 nats in the mean.
 
     A process that ends at α(1) > 0 is given the exact end: data whose x_1 the prior is.
     """
@@ -37,11 +40,13 @@ def test_likelihood_of_gaussian_data_is_exact(name):
     np.testing.assert_array_equal(found.stderr, 0.0)
 
 
-def test_likelihood_of_the_mixture_is_exact():
+@pytest.mark.parametrize("name", ["linear_beta", "subvp", "edm", "straight", "learned"])
+def test_likelihood_of_the_mixture_is_exact(name):
     """B16: mean error ≤ 1e-3 nats and rms ≤ 5e-3 on the five modes."""
+    process = LEARNED if name == "learned" else jd.Gaussian(SCHEDULES[name])
     x = GMM5.sample(jax.random.key(7), 2000)
-    found = jd.log_likelihood(VP, GMM5.denoiser(VP), x)
-    alpha, sigma = VP.schedule(jnp.float32(1e-5))
+    found = jd.log_likelihood(process, GMM5.denoiser(process), x)
+    alpha, sigma = process.schedule(jnp.float32(1e-5))
     truth = jax.vmap(GMM5.diffused(alpha, sigma).log_prob)(x)
     error = np.asarray(found.value - truth, np.float64)
     assert abs(error.mean()) <= 1e-3
@@ -236,19 +241,19 @@ def test_divergence_is_the_trace_of_the_jacobian(kind):
 
 
 def test_solver_error_is_an_estimate_from_above():
-    """Against a solve at 1e-9 in float64: at most 3 % exceed it, none of the mean by ten times."""
+    """Against a solve at 1e-9 in float64: at most 3 % exceed it, and it is no hundred times it."""
     with jax.enable_x64(True):
         x = jnp.asarray(GMM5.sample(jax.random.key(7), 200), jnp.float64)
         denoise = GMM5.denoiser(VP)
         truth = jd.log_likelihood(VP, denoise, x, controller=adaptive(1e-9)).value
         means = []
-        for tolerance in (1e-5, 1e-7):
+        for tolerance in (1e-4, 1e-5, 1e-7):
             found = jd.log_likelihood(VP, denoise, x, controller=adaptive(tolerance))
             error = np.abs(np.asarray(found.value - truth))
             assert np.mean(error <= found.solver_error) >= 0.97
             means.append(float(jnp.mean(found.solver_error)))
-            assert means[-1] < 30 * error.mean()
-        assert means[1] < 0.1 * means[0]
+            assert means[-1] < 100 * error.mean()
+        assert means[2] < 0.1 * means[1] < means[0]
 
 
 def test_solver_error_has_a_floor_in_float32():
@@ -332,6 +337,22 @@ def test_prior_mean_mends_an_exploding_process():
     np.testing.assert_allclose(drawn.mean, [[3.0, -1.0]] * 4)
 
 
+def test_an_example_takes_its_own_condition_along():
+    x, label = GMM5.sample(jax.random.key(7), 4), jnp.array([0.0, 1.0, 2.0, 3.0])
+
+    def apply(params, x, level, label):
+        return label[:, None] * x / (1.0 + jnp.exp(level))[:, None]
+
+    def solve(part, **options):
+        denoise = jd.NetDenoiser({}, VP, apply, jd.x0(), {"label": label[part]})
+        return jd.log_likelihood(VP, denoise, x[part], t0=1e-2, **options)
+
+    whole = solve(slice(None), per_example=True).value
+    for i in range(4):
+        alone = solve(slice(i, i + 1)).value
+        np.testing.assert_allclose(whole[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
 # Over a mesh
 
 
@@ -341,11 +362,13 @@ def test_shards_solve_for_themselves():
     x, keys = GMM5.sample(jax.random.key(7), 8), jax.random.split(KEY, 8)
 
     def found(denoise, keys, x):
-        return jd.log_likelihood(VP, denoise, x, key=keys, probes=2, per_example=True)
+        # At a tolerance that rounding, which differs between programs, is far from.
+        options = {"probes": 2, "controller": adaptive(1e-3), "per_example": True}
+        return jd.log_likelihood(VP, denoise, x, key=keys, **options)
 
     sharded = per_shard(found, mesh)(denoise, keys, x)
     alone = found(denoise, keys, x)
-    np.testing.assert_allclose(sharded.value, alone.value, rtol=1e-5)
+    np.testing.assert_allclose(sharded.value, alone.value, atol=1e-4)
     np.testing.assert_array_equal(sharded.num_evaluations, alone.num_evaluations)
     assert len(sharded.value.sharding.device_set) == 4
 

@@ -98,8 +98,9 @@ def test_tuning_lowers_the_exact_nll():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"grid": jd.grids.uniform(4)}, "grid must fall and end above 0"),
-        ({"grid": GRID[::-1]}, "grid must fall and end above 0"),
+        ({"grid": jd.grids.uniform(4)}, "grid must end above 0"),
+        ({"grid": GRID[::-1]}, "grid must fall strictly, from at most 1"),
+        ({"grid": 1.5 * GRID}, "grid must fall strictly, from at most 1"),
         ({"probes": 0}, "probes must be at least 1"),
     ],
 )

@@ -104,12 +104,14 @@ def test_what_is_no_table_is_refused_by_name(skewed, tmp_path):
     (tmp_path / "words.csv").write_text("a,b\n1,2\n3,four\n")
     (tmp_path / "hole.csv").write_text("1,2\n" * 20 + "1,nan\n" * 20)
     (tmp_path / "constant.csv").write_text("".join(f"{i},2\n" for i in range(20)))
+    (tmp_path / "narrow.csv").write_text("".join(f"{i}\n" for i in range(20)))
     np.savez(tmp_path / "parts.npz", x_train=skewed, x_test=skewed)
     np.savez(tmp_path / "widths.npz", x_train=skewed, x_validation=skewed, x_test=skewed[:, :2])
     for name, message in [
         ("words.csv", "no table of numbers"),
         ("hole.csv", "missing or infinite"),
         ("constant.csv", "column 1 is constant"),
+        ("narrow.csv", r"need \[n ≥ 2, d ≥ 2\]"),
         ("parts.npz", "x_validation"),
         ("widths.npz", r"\(300, 2\)"),
     ]:

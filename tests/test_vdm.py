@@ -418,6 +418,37 @@ def test_condition_and_dropout_reach_the_network():
     np.testing.assert_array_equal(seen["label"], jnp.arange(4) + 1)
 
 
+def test_bound_takes_a_condition_and_no_more_programs_for_more_draws():
+    traces = []
+
+    def network(params, x, level, label):
+        traces.append(None)
+        return x + label[:, None]
+
+    def value(labels, draws):
+        params = parameters(learned_gamma(-8.0, 4.0))
+        return bound(vdm(network, jd.epsilon()), params, KEY, DATA[:4], draws=draws, label=labels)
+
+    one, other = value(jnp.zeros(4), 3), value(jnp.array([0.0, 0.0, 5.0, 0.0]), 3)
+    np.testing.assert_array_equal(one.value != other.value, [False, False, True, False])
+    counts = []
+    for draws in (2, 40):
+        before = len(traces)
+        value(jnp.zeros(4), draws)
+        counts.append(len(traces) - before)
+    assert counts[0] == counts[1]
+
+
+def test_stated_error_of_the_bound_is_an_upper_one():
+    """Against the spread over keys of the same data; the draws' even times help."""
+    params = parameters(learned_gamma(-8.0, 4.0))
+    keys = jax.random.split(jax.random.key(3), 200)
+    found = bound(OBJECTIVE, params, keys, jnp.tile(DATA[:1], (200, 1)), draws=16)
+    spread, stated = jnp.std(found.value, ddof=1), jnp.sqrt(jnp.mean(found.stderr**2))
+    assert 0.9 * spread < stated < 10 * spread
+    assert jnp.isnan(bound(OBJECTIVE, params, KEY, DATA[:2]).stderr).all()
+
+
 def test_bound_of_an_example_does_not_depend_on_the_batch():
     params = parameters(learned_gamma(-8.0, 4.0))
     whole = bound(OBJECTIVE, params, KEY, DATA[:6], draws=2)

@@ -183,9 +183,9 @@ def load_table(dataset: str) -> Table:
 def _in_deviations(dataset: str, splits: list[np.ndarray]) -> Table:
     """The table whose unit is each column's standard deviation over the training rows."""
     widths = {x.shape[1:] for x in splits}
-    if {x.ndim for x in splits} != {2} or len(widths) > 1 or min(map(len, splits)) < 2:
-        shapes = [x.shape for x in splits]
-        raise ValueError(f"dataset = {dataset!r}: its splits are {shapes}, need [n ≥ 2, d]")
+    shapes = [x.shape for x in splits]
+    if any(len(shape) != 2 or min(shape) < 2 for shape in shapes) or len(widths) > 1:
+        raise ValueError(f"dataset = {dataset!r}: its splits are {shapes}, need [n ≥ 2, d ≥ 2]")
     if not all(np.isfinite(x).all() for x in splits):
         raise ValueError(f"dataset = {dataset!r}: has missing or infinite values")
     unit = splits[0].std(axis=0)

@@ -14,7 +14,7 @@ import diffrax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff import struct
+from jaxdiff import grids, struct
 from jaxdiff.likelihood import log_likelihood
 from jaxdiff.objectives.base import named
 from jaxdiff.parameterizations import Apply, NetDenoiser, Parameterization
@@ -82,22 +82,21 @@ def maximum_likelihood(
         as "label", is given to the network by name.
 
     Raises:
-        ValueError: if the grid does not fall or does not end above 0, or probes < 1.
+        ValueError: if the grid does not fall within (0, 1], or probes < 1.
 
     Note: the gradient is exact for the steps taken (diffrax's checkpointing), and stores a state
         in every few of them.
     """
-    struct.require(
-        jnp.all(grid[1:] < grid[:-1]) & (grid[-1] > 0.0),
-        f"grid must fall and end above 0, got {grid}.",
-    )
+    grid = jnp.asarray(grid)
+    grids.check(grid)
+    struct.require(grid[-1] > 0.0, f"grid must end above 0, got {grid}.")
     if probes is not None and probes < 1:
         raise ValueError(f"probes must be at least 1, or None for the exact trace, got {probes}.")
     return MaximumLikelihood(
         apply=apply,
         process=process,
         parameterization=parameterization,
-        grid=jnp.asarray(grid),
+        grid=grid,
         solver=diffrax.Dopri5() if solver is None else solver,
         probes=probes,
     )

@@ -27,7 +27,7 @@ References: Kingma et al. 2021, arXiv:2107.00630, sections 3.5 and 5, appendix I
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ from jaxdiff.schedules import LearnedGamma
 from jaxdiff.time_samplers import even
 from jaxdiff.typing import Batch, Data, Key, Metrics, Params, Scalar, Time
 
-__all__ = ["VDM", "LevelDecoder", "bound", "level_decoder", "vdm"]
+__all__ = ["VDM", "Bound", "LevelDecoder", "bound", "level_decoder", "vdm"]
 
 _ENDS = ("gamma_0", "gap")
 _INTERIOR = ("centres", "rates", "shares")
@@ -200,9 +200,34 @@ def vdm(
     )
 
 
+class Bound(NamedTuple):
+    """The bound of each example, what it is made of, and its error, in nats.
+
+    Attributes:
+        value: [b] ≤ log p(x_0) in expectation: minus the sum of the three terms.
+        stderr: [b] standard error of `value` over the draws, from above: their times are spread
+            evenly, and it is that of independent ones. NaN for a single draw.
+        prior: [b] what the end of the chain still tells of x_0.
+        diffusion: [b] what the way there loses.
+        reconstruction: [b] what x_0 costs once z_0 is known.
+    """
+
+    value: Float[Array, "b"]
+    stderr: Float[Array, "b"]
+    prior: Float[Array, "b"]
+    diffusion: Float[Array, "b"]
+    reconstruction: Float[Array, "b"]
+
+
 def bound(
-    objective: VDM, params: Params, key: Key, x0: Float[Array, "b ..."], *, draws: int = 1
-) -> ELBO:
+    objective: VDM,
+    params: Params,
+    key: Key,
+    x0: Float[Array, "b ..."],
+    *,
+    draws: int = 1,
+    **condition: Array,
+) -> Bound:
     """The bound on log p(x_0) of each example, averaged over times that are even for each.
 
     Args:
@@ -211,10 +236,11 @@ def bound(
         key: one key, or one an example [b].
         x0: [b, …] data in model space.
         draws: times an example, ≥ 1: (u + j/draws) mod 1 with one u an example. As many network
-            calls, without dropout.
+            calls, without dropout, in one program whatever their number.
+        **condition: further arrays [b, …] for the network by name, such as `label`.
 
     Returns:
-        The bound and its parts, in nats, [b].
+        The bound, its parts and its standard error, in nats, [b].
 
     Raises:
         ValueError: unless draws ≥ 1.
@@ -222,18 +248,23 @@ def bound(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}.")
     keys = example_keys(key, x0.shape[0])
-    drawn = [_bound(objective, params, keys, x0, jnp.asarray(i), draws) for i in range(draws)]
-    return jax.tree.map(lambda *nats: sum(nats[1:], nats[0]) / draws, *drawn)
+    return _bound(objective, params, keys, x0, condition, draws=draws)
 
 
 @jit
-def _bound(objective, params, keys, x0, i, draws):
-    def time(key):
-        return (jax.random.uniform(jax.random.fold_in(key, 0)) + i / draws) % 1.0
-
+def _bound(objective, params, keys, x0, condition, *, draws):
     schedule = LearnedGamma(**params["schedule"])
-    noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1 + i))(keys)
-    return objective.terms(params, schedule, noise_keys, x0, jax.vmap(time)(keys), {})[0]
+    start = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys)
+
+    def one(i):
+        noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1 + i))(keys)
+        t = (start + i / draws) % 1.0
+        return objective.terms(params, schedule, noise_keys, x0, t, condition)[0]
+
+    drawn = jax.lax.map(one, jnp.arange(draws))
+    mean = jax.tree.map(lambda nats: jnp.mean(nats, axis=0), drawn)
+    spread = jnp.var(drawn.value, axis=0) / (draws - 1.0)
+    return Bound(stderr=jnp.sqrt(spread), **mean._asdict())
 
 
 def _held(schedule: LearnedGamma, names: tuple[str, ...]) -> LearnedGamma:
