@@ -250,7 +250,8 @@ def _rows(
     likelihood: Likelihood, found: Mapping[str, np.ndarray], first: int, fingerprint: str
 ) -> list[Row]:
     bits = {} if likelihood.bits is None else {"bits_per_dim": likelihood.bits(found["nll_nats"])}
-    columns = {name: values.tolist() for name, values in (dict(found) | bits).items()}
+    columns = {"nll_nats": found["nll_nats"]} | bits | {n: found[n] for n in _COLUMNS if n in found}
+    columns = {name: values.tolist() for name, values in columns.items()}
     return [
         {"index": first + i, "fingerprint": fingerprint, **dict(zip(columns, values, strict=True))}
         for i, values in enumerate(zip(*columns.values(), strict=True))
