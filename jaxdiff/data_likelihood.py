@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdiff import metrics
+from jaxdiff.compile import jit
 from jaxdiff.experiment import Likelihood
 from jaxdiff.parallel import per_shard
 from jaxdiff.typing import Key, Params
@@ -174,9 +175,12 @@ def likelihood_sweeps(
     part = jax.tree.map(lambda a: a[:count], examples)
     size = len(jax.tree.leaves(part)[0])
 
+    solve = _solver(likelihood.estimate, None, _solves(likelihood))
+
     def row(name, value):
-        estimate = functools.partial(likelihood.estimate, **{name: value})
-        run = functools.partial(_solver(estimate, None, _solves(likelihood)), params)
+        # As an array it is traced: one program for all tolerances, and one a number of probes.
+        option = jnp.asarray(value) if isinstance(value, float) else value
+        run = functools.partial(solve, params, **{name: option})
         (found,) = in_chunks(run, key, size, part, size=size)
         good = found["converged"]
 
@@ -226,20 +230,20 @@ def _solver(
 ) -> Callable[..., dict[str, np.ndarray]]:
     """(params, keys, examples) ↦ columns, on the host."""
     # One program for all chunks and, where nothing is bound to the function, for all calls.
-    compiled = jax.jit if mesh is None else functools.partial(per_shard, mesh=mesh)
+    compiled = jit if mesh is None else functools.partial(per_shard, mesh=mesh)
     whole = compiled(estimate)
-    alone = compiled(functools.partial(estimate, per_example=True))
+    alone = compiled(functools.partial(estimate, per_example=True)) if retry else None
 
-    def columns(run, *args):
-        found = run(*args)
+    def columns(run, *args, **options):
+        found = run(*args, **options)
         told = {name: getattr(found, of) for name, of in _COLUMNS.items() if hasattr(found, of)}
         columns = jax.device_get(told)
         return columns | {"nll_nats": -columns["nll_nats"].astype(np.float64)}
 
-    def solve(params, keys, examples):
-        found = columns(whole, params, keys, examples)
-        if retry and not found["converged"].all():
-            again = columns(alone, params, keys, examples)
+    def solve(params, keys, examples, **options):
+        found = columns(whole, params, keys, examples, **options)
+        if alone is not None and not found["converged"].all():
+            again = columns(alone, params, keys, examples, **options)
             found = {n: np.where(found["converged"], found[n], again[n]) for n in found}
         return found
 

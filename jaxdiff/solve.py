@@ -299,7 +299,7 @@ def underdamped_langevin(
     )
 
 
-def adaptive(tolerance: float) -> diffrax.PIDController:
+def adaptive(tolerance: Scalar) -> diffrax.PIDController:
     """Adaptive steps that keep the error of the *worst* example of a batch at a tolerance.
 
     diffrax's own norm averages over the batch, where one example's error hides among the others'.
@@ -312,8 +312,7 @@ def adaptive(tolerance: float) -> diffrax.PIDController:
     Raises:
         ValueError: unless tolerance > 0.
     """
-    if not tolerance > 0.0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}.")
+    struct.require(tolerance > 0.0, f"tolerance must be positive, got {tolerance}.")
     return diffrax.PIDController(
         rtol=tolerance, atol=tolerance, pcoeff=0.4, icoeff=0.3, norm=_worst_example
     )

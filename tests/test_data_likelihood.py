@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -254,9 +253,10 @@ def test_sweeps_tell_how_accurate_the_estimate_is():
     sweeps = likelihood_sweeps(likelihood, SHIFT, X, KEY, count=10)
     json.dumps(sweeps, allow_nan=False)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(KEY, jnp.arange(10))
+    direct = jax.jit(estimate, static_argnames="probes")
     for name in sweeps:
         for row in sweeps[name]:
-            found = jax.jit(partial(estimate, **{name: row[name]}))(SHIFT, keys, X[:10])
+            found = direct(SHIFT, keys, X[:10], **{name: row[name]})
             assert row["nll_nats"] == pytest.approx(-float(found.value.mean()), rel=1e-5)
             assert row["calls"] == int(found.num_evaluations.max())
     loose, tight = sweeps["tolerance"]
@@ -266,6 +266,18 @@ def test_sweeps_tell_how_accurate_the_estimate_is():
     assert one["nll_nats_stderr"] is None
     stated = np.sqrt(np.sum(np.asarray(found.stderr) ** 2)) / 10  # the last was K = 4
     assert four["nll_nats_stderr"] == pytest.approx(stated, rel=1e-5)
+
+
+def test_sweeps_compile_one_program_for_all_tolerances():
+    traced = []
+
+    def tracing(*args, **options):
+        traced.append(options)
+        return estimate(*args, **options)
+
+    likelihood = parts(tracing, sweeps={"tolerance": (1e-2, 1e-3, 1e-4), "probes": (1, 2)})
+    likelihood_sweeps(likelihood, SHIFT, X, KEY, count=10)
+    assert [list(options) for options in traced] == [["tolerance"], ["probes"], ["probes"]]
 
 
 # Over devices
