@@ -226,8 +226,12 @@ def _evaluate_run(
     )
     report["seconds"] = time.perf_counter() - since
     path = run / ("eval.json" if split == "test" else f"eval_{split}.json")
-    text = json.dumps(report, indent=2)
-    path.write_text(text + "\n")
+    # JSON has no word for what is not a finite number.
+    finite = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    text = json.dumps(finite, indent=2)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text + "\n")
+    partial.replace(path)
     print(text)
     print(f"wrote {path}")
 

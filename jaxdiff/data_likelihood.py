@@ -105,15 +105,17 @@ def likelihood_rows(
         mesh = None
     fingerprint = f"{_checksum((params, examples, jax.random.key_data(key), size)):08x}"
     rows = [] if path is None else _read(path, fingerprint, size, count)
-    if path is not None:
-        _begin(path, rows)
     solve = _solver(likelihood.estimate, mesh, _solves(likelihood))
-    run = functools.partial(solve, params)
+    run, begun = functools.partial(solve, params), False
     with tqdm(initial=len(rows), total=count, unit="example", disable=not progress) as bar:
         for found in _chunks(run, key, count, (examples,), size, start=len(rows)):
             fresh = _rows(likelihood, found, len(rows), fingerprint)
-            if path is not None:
+            if path is not None and begun:
                 _append(path, fresh)
+            elif path is not None:
+                # Rows of anything else stay until there is something to put in their place.
+                _begin(path, rows + fresh)
+                begun = True
             rows += fresh
             bar.update(len(fresh))
     names = [name for name in rows[0] if name != "fingerprint"]
@@ -140,7 +142,7 @@ def likelihood_report(
     good = np.isfinite(nll)
     report: dict[str, Any] = {"examples": len(nll), "failed": np.flatnonzero(~good).tolist()}
     if good.sum() < 2:
-        return report
+        return report | {"no_mean": f"{good.sum()} of {len(nll)} examples have a value; it takes 2"}
     for name in ("nll_nats", "bits_per_dim"):
         if name in rows:
             report[name], report[f"{name}_stderr"] = metrics.mean_and_stderr(rows[name][good])
@@ -169,7 +171,7 @@ def likelihood_sweeps(
 
     Returns:
         For each name, a row a value: {name: value, "nll_nats", "nll_nats_stderr" of the probes,
-        "solver_error_nats", "calls"}, of the examples that converged; what the estimate does not
+        "solver_error_nats", "calls"}, of the examples that have a value; what the estimate does not
         tell is None.
     """
     part = jax.tree.map(lambda a: a[:count], examples)
@@ -182,18 +184,20 @@ def likelihood_sweeps(
         option = jnp.asarray(value) if isinstance(value, float) else value
         run = functools.partial(solve, params, **{name: option})
         (found,) = in_chunks(run, key, size, part, size=size)
-        good = found["converged"]
+        good = np.isfinite(found["nll_nats"])
 
-        def mean(values):
-            return _number(values[good].mean(dtype=np.float64)) if good.any() else None
+        def mean(column, power=1):
+            if column not in found or not good.any():
+                return None
+            return _number((found[column][good] ** power).mean(dtype=np.float64))
 
-        variance = mean(found["stderr_nats"] ** 2)
+        variance = mean("stderr_nats", 2)
         return {
             name: value,
-            "nll_nats": mean(found["nll_nats"]),
+            "nll_nats": mean("nll_nats"),
             "nll_nats_stderr": None if variance is None else math.sqrt(variance / good.sum()),
-            "solver_error_nats": mean(found["solver_error_nats"]),
-            "calls": int(found["calls"].max()),
+            "solver_error_nats": mean("solver_error_nats"),
+            "calls": int(found["calls"].max()) if "calls" in found else None,
         }
 
     return {

@@ -48,7 +48,7 @@ class Likelihood:
     estimate: Callable[..., Any]
     bits: Callable[[Any], Any] | None = None
     further: Callable[[Any, Any], dict[str, Any]] | None = None
-    sweeps: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    sweeps: Mapping[str, Sequence[float | int]] = dataclasses.field(default_factory=dict)
     size: int = 256
 
 

@@ -214,9 +214,7 @@ def slerp(
         raise ValueError(f"a and b must have one shape, got {a.shape} and {b.shape}.")
     if math.prod(a.shape[1:]) < 2:
         raise ValueError(f"a and b must be vectors of 2 coordinates or more, got {a.shape}.")
-    inside = (weights >= 0.0) & (weights <= 1.0)
-    struct.require(inside, f"weights must lie in [0, 1], got {weights}.")
-    return _slerp(a, b, weights)
+    return _slerp(a, b, _shares(weights))
 
 
 def interpolate(
@@ -246,6 +244,9 @@ def interpolate(
     References: Song et al. 2020, arXiv:2010.02502, section 5.3 and appendix D.5; Song et al. 2021,
         arXiv:2011.13456, section 4.3.
     """
+    if x_a.shape != x_b.shape:
+        raise ValueError(f"x_a and x_b must have one shape, got {x_a.shape} and {x_b.shape}.")
+    weights = _shares(weights)
     prior = process.prior(x_a.shape[1:])
     ends: list[Any] = [encode(process, denoise, x, **options) for x in (x_a, x_b)]
     a, b = (jax.vmap(prior.noise)(z) for z in ends)
@@ -371,6 +372,13 @@ def _carry(process, denoise, x, t0, t1, encoding, controller, options) -> State 
     controller = adaptive(1e-5) if controller is None else controller
     start, end = (t0, t1) if encoding else (t1, t0)
     return probability_flow(process, denoise, x, start, end, controller=controller, **options)
+
+
+def _shares(weights):
+    weights = jnp.asarray(weights)
+    inside = (weights >= 0.0) & (weights <= 1.0)
+    struct.require(inside, f"weights must lie in [0, 1], got {weights}.")
+    return weights
 
 
 @jit

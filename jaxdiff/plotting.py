@@ -270,7 +270,12 @@ def likelihood(
             capsize=3,
         )
         for row in told:
-            ax.annotate(f"{row['calls']} calls", (row[name], row["nll_nats"]), fontsize=8)
+            calls = "" if row["calls"] is None else f"{row['calls']} calls"
+            place = (row[name], row["nll_nats"])
+            ax.annotate(
+                calls, place, (6, 6), textcoords="offset points", ha="left", va="bottom", fontsize=8
+            )
+        ax.margins(x=0.2)
         ax.set_xscale("log")
         ax.set_xlabel(name)
         ax.set_ylabel("mean −log p, nats, of the first examples")

@@ -17,13 +17,28 @@ from jaxtyping import Array, Float
 
 from jaxdiff.typing import Key
 
-__all__ = ["Probe", "gaussian", "inner", "orthogonal", "quadratic_forms", "rademacher"]
+__all__ = ["Probe", "check", "gaussian", "inner", "orthogonal", "quadratic_forms", "rademacher"]
 
 Probe = Callable[[Key, int, tuple[int, ...], Any], tuple[Array, float]]
 """(key, K, shape, dtype) ↦ K directions [K, *shape], and the share that they are of a whole set."""
 
 # Directions whose derivatives are held in memory at once for an exact trace.
 _BLOCK = 64
+
+
+def check(count: int | None, probe: Probe, shape: tuple[int, ...]) -> None:
+    """Refuses a number of directions that a law does not have in states of a shape.
+
+    Raises:
+        ValueError: unless count is None, or a whole number ≥ 1 of which the law has as many.
+    """
+    if count is None:
+        return
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(
+            f"probes must be a whole number ≥ 1, or None for the exact trace, got {count!r}."
+        )
+    jax.eval_shape(lambda: probe(jax.random.key(0), count, shape, jnp.float32)[0])
 
 
 def rademacher(key: Key, count: int, shape: tuple[int, ...], dtype: Any) -> tuple[Array, float]:

@@ -45,8 +45,13 @@ def likelihood(process: Gaussian, t: Time) -> Time:
 
     The bound is ½ D loss + a constant of the process: the loss is a mean over D coordinates.
 
+    Raises:
+        ValueError: if the process has no schedule, as `CLD`.
+
     References: Song et al. 2021, arXiv:2101.09258, eq. 7 and theorem 1.
     """
+    if not hasattr(process, "schedule"):
+        raise ValueError(f"the likelihood's weight needs a process with a schedule, got {process}.")
     _, sigma = process.schedule(t)
     return (process.diffusion(t) / sigma) ** 2
 

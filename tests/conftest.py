@@ -2,8 +2,11 @@
 
 import os
 
-# Before JAX starts: four CPU devices, so that data parallelism is tested on any machine.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Before JAX starts: four CPU devices, so that data parallelism is tested on any machine; and less
+# optimisation, since compiling is most of the suite's time, and its programs run once.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import tempfile
@@ -12,7 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker has a core to itself: threads of BLAS would only wait for each other.
+    threadpool_limits(1, "blas")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "jaxdiff-xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

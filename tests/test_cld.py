@@ -22,12 +22,14 @@ import scipy.stats
 from oracles import GMM5, gate, passes
 
 import jaxdiff as jd
+from jaxdiff import latents, trace
 from jaxdiff.data_likelihood import likelihood_report, likelihood_rows
 from jaxdiff.distributions import BlockNormal
 from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import load_config
 from jaxdiff.networks import MLP, UNet
 from jaxdiff.processes.base import SDE, Augmented, Denoised, Process
+from jaxdiff.solve import adaptive
 from jaxdiff.training import fit, init_state, make_train_step
 
 KEY = jax.random.key(0)
@@ -563,6 +565,49 @@ def test_log_likelihood_of_the_joint_space():
     z = jax.vmap(CLD.augment)(jax.random.split(KEY, 64), x0)
     found = jd.log_likelihood(CLD, denoise, z, t0=t0)
     np.testing.assert_allclose(found.value, denoise.log_prob(z, t0), atol=1e-2)
+
+
+def test_errors_of_the_joint_likelihood():
+    """Probes are unbiased, with the error that they state; so is the solver's, at 1e-6.
+
+    The flow is stiff where noise sets in: more coarsely solved, it errs by more than is stated.
+    """
+    with jax.enable_x64(True):
+        denoise, t0 = Mixture(CLD, GMM5, 0.2), jnp.asarray(1e-3)
+        x0 = jnp.asarray(GMM5.sample(jax.random.key(7), 200), float)
+        place = lambda key, x: CLD.marginal(x, t0).sample(key)
+        z = jax.vmap(place)(jax.random.split(KEY, 200), x0)
+        solve = functools.partial(jd.log_likelihood, CLD, denoise, t0=t0)
+        exact, fine = (solve(z, controller=adaptive(tolerance)) for tolerance in (1e-8, 1e-6))
+        error = np.abs(np.asarray(fine.value - exact.value))
+        assert np.mean(error <= fine.solver_error) >= 0.9
+        assert float(fine.solver_error.mean()) < 10 * error.mean()
+        found = solve(z, key=KEY, probes=4, probe=trace.rademacher, controller=adaptive(1e-6))
+        noise = np.asarray(found.value - exact.value)
+        assert abs(noise.mean()) < 3 * noise.std() / 200**0.5
+        stated = np.sqrt(np.mean(np.asarray(found.stderr) ** 2))
+        np.testing.assert_allclose(stated, np.sqrt((noise**2).mean()), rtol=0.2)
+
+
+def test_latents_of_data_with_velocities():
+    """They are the prior's white noise, go back, and on the way between two of them are data."""
+    denoise, x0 = Mixture(CLD, GMM5, 0.2), GMM5.sample(jax.random.key(7), 2000)
+    t0 = jnp.float32(1e-3)
+    place = lambda key, x: CLD.marginal(x, t0).sample(key)
+    z0 = jax.vmap(place)(jax.random.split(KEY, 2000), x0)
+    z = latents.encode(CLD, denoise, z0, t0=t0)
+    noise = np.asarray(jax.vmap(CLD.prior((2, 2)).noise)(z), np.float64).reshape(2000, 4)
+    assert np.abs(noise.mean(0)).max() < 3.5 / 2000**0.5
+    assert (np.abs(np.cov(noise.T) - np.eye(4)) < 3.5 * np.sqrt((1 + np.eye(4)) / 2000)).all()
+    assert latents.typicality(CLD, z, pooled=True).radius_p_value > 0.01
+    assert latents.typicality(CLD, 1.05 * z, pooled=True).radius_p_value < 0.01
+    back = latents.decode(CLD, denoise, z, t0=t0)
+    assert float(jnp.abs(back - z0).max()) <= 5e-3
+    path = latents.interpolate(CLD, denoise, z0[:50], z0[50:100], jnp.linspace(0, 1, 3), t0=t0)
+    np.testing.assert_allclose(path[0], z0[:50], atol=5e-3)
+    np.testing.assert_allclose(path[-1], z0[50:100], atol=5e-3)
+    distance = jnp.linalg.norm(path[1, :, 0, None] - GMM5.means[None], axis=-1).min(axis=1)
+    assert float(jnp.mean(distance < 3 * 0.2)) > 0.9
 
 
 @pytest.mark.parametrize("t0", [1e-3, 3e-3, 1e-2])

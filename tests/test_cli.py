@@ -411,6 +411,14 @@ def test_eval_goes_on_where_it_was_stopped(copied_run):
     assert path.read_text() == whole
 
 
+def test_what_is_no_finite_number_is_null_in_the_report(copied_run, monkeypatch):
+    found = {"ratio": math.inf, "several": [math.nan, 1.0]}
+    monkeypatch.setattr("jaxdiff.cli.evaluate", lambda *args, **options: found)
+    main(["eval", str(copied_run), "--no-progress"])
+    report = json.loads((copied_run / "eval.json").read_text())
+    assert (report["ratio"], report["several"]) == (None, [None, 1.0])
+
+
 def test_eval_of_another_split(copied_run, capsys):
     """Its likelihood, in files of its own."""
     before = files(copied_run)

@@ -229,7 +229,8 @@ def test_nothing_left_is_no_mean():
     likelihood = parts(rough, sweeps={"tolerance": (1e-4,)})
     x = np.full((4, 2), 100.0, np.float32)
     report = likelihood_report(likelihood, x, likelihood_rows(likelihood, SHIFT, x, KEY))
-    assert report == {"examples": 4, "failed": [0, 1, 2, 3]}
+    reason = "0 of 4 examples have a value; it takes 2"
+    assert report == {"examples": 4, "failed": [0, 1, 2, 3], "no_mean": reason}
 
 
 # The report
@@ -266,6 +267,33 @@ def test_sweeps_tell_how_accurate_the_estimate_is():
     assert one["nll_nats_stderr"] is None
     stated = np.sqrt(np.sum(np.asarray(found.stderr) ** 2)) / 10  # the last was K = 4
     assert four["nll_nats_stderr"] == pytest.approx(stated, rel=1e-5)
+
+
+def test_a_sweep_of_an_estimate_that_tells_its_value_alone():
+    class Bound(NamedTuple):
+        value: jax.Array
+
+    def draws_of(params, keys, x, *, draws=1):
+        return Bound(-jnp.sum(x**2, axis=1) / draws)
+
+    likelihood = parts(draws_of, sweeps={"draws": (1, 2)})
+    one, two = likelihood_sweeps(likelihood, SHIFT, X, KEY)["draws"]
+    assert one["nll_nats"] == pytest.approx((X**2).sum(1).mean())
+    assert two["nll_nats"] == pytest.approx(0.5 * one["nll_nats"])
+    assert (one["nll_nats_stderr"], one["solver_error_nats"], one["calls"]) == (None, None, None)
+
+
+def test_rows_of_another_key_stay_until_there_are_new_ones(tmp_path):
+    path = tmp_path / "rows.csv"
+    likelihood_rows(parts(), SHIFT, X, KEY, path=path)
+    old = path.read_text()
+
+    def fails(*args, **options):
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        likelihood_rows(parts(fails), SHIFT, X, jax.random.key(1), path=path)
+    assert path.read_text() == old
 
 
 def test_sweeps_compile_one_program_for_all_tolerances():

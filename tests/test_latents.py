@@ -392,6 +392,11 @@ EXACT = GaussianData(VP, 0.0, 1.0)
         (lambda x: latents.slerp(x, x[:, :1], WEIGHTS), r"one shape.*\(4, 2\) and \(4, 1\)"),
         (lambda x: latents.slerp(x[:, :1], x[:, :1], WEIGHTS), r"2 coordinates or more.*\(4, 1\)"),
         (lambda x: latents.slerp(x, x, 2.0 * WEIGHTS), r"weights must lie in \[0, 1\]"),
+        (
+            lambda x: latents.interpolate(VP, EXACT, x, x[:, :1], jnp.array([0.5])),
+            "x_a and x_b must have one shape",
+        ),
+        (lambda x: latents.interpolate(VP, EXACT, x, x, jnp.array([0.0, 2.0])), "weights must lie"),
         (lambda x: latents.typicality(VP, x[:0]), r"z must hold latents, got shape \(0, 2\)"),
         (
             lambda x: latents.identifiability(VP, EXACT, EXACT, x[:2], key=KEY),

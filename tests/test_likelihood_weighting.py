@@ -4,16 +4,20 @@ The other half of A6, the bound of a chain against exact likelihoods and against
 in `test_elbo.py`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.interpolate
 from oracles import BETAS, SCHEDULES
 
 import jaxdiff as jd
 from jaxdiff import time_samplers, weightings
 from jaxdiff.objectives.elbo import discrete_decoder
 from jaxdiff.parameterizations import edm
+from jaxdiff.schedules import learned_gamma
 
 KEY = jax.random.key(0)
 VP = jd.Gaussian(SCHEDULES["linear_beta"])
@@ -75,8 +79,15 @@ LOGS = {
     "subvp": lambda t: (-0.05 * t - 4.975 * t**2, _preserving(t, 1.0)),
     "exploding": lambda t: (0.0 * t, np.log(0.01) + t * np.log(5000.0)),
     "user": lambda t: (-2 * np.log1p(5 * t), np.log(2 * t + t**2)),
+    "edm": lambda t: (0.0 * t, 7 * np.log(0.002 ** (1 / 7) * (1 - t) + 80.0 ** (1 / 7) * t)),
+    "straight": lambda t: (np.log1p(-t), np.log(t)),
+    "learned": lambda t: _of_log_snr(_learned()(t)),
+}
+PROCESSES = {name: jd.Gaussian(schedule) for name, schedule in SCHEDULES.items()} | {
+    "learned": jd.Gaussian(learned_gamma(-9.0, 6.0, hidden=8))
 }
 START = 1e-3
+END = {name: 0.95 if name == "straight" else 1.0 for name in LOGS}
 MODELS = {"exact": (MEAN, STD, 0.0), "other": (0.4, 0.5, 0.0), "inconsistent": (0.6, 1.0, -0.95)}
 """Mean and deviation that the denoiser takes the data to have, and how the latter depends on t.
 
@@ -93,6 +104,19 @@ def _preserving(t, power):
     return power * np.log(-np.expm1(-0.1 * t - 9.95 * t**2))
 
 
+@functools.cache
+def _learned():
+    """log-SNR of t, all that is taken from the schedule itself."""
+    t = np.geomspace(0.9 * START, 1.0, 2001)
+    with jax.enable_x64(True):
+        values = jax.vmap(PROCESSES["learned"].log_snr)(jnp.asarray(t))
+        return scipy.interpolate.CubicSpline(t, np.asarray(values))
+
+
+def _of_log_snr(value):
+    return -0.5 * np.logaddexp(0.0, -value), -0.5 * np.logaddexp(0.0, value)
+
+
 def kl(mean, var, other):
     """KL(N(mean, var) ‖ N(0, other))."""
     return 0.5 * ((var + mean**2) / other - 1 - np.log(var / other))
@@ -104,7 +128,7 @@ def constant(name):
     −log p ≤ H[q(x_t0 | x_0)] + KL(q(x_1 | x_0) ‖ π) + ½ ∫ g²/σ² ‖ε̂ − ε‖² dt, by Girsanov's
     theorem for the two reverse SDEs, that of q(· | x_0) and the model's.
     """
-    (_, log_sigma), (log_alpha, log_prior) = LOGS[name](START), LOGS[name](1.0)
+    (_, log_sigma), (log_alpha, log_prior) = LOGS[name](START), LOGS[name](END[name])
     entropy = 0.5 * np.log(2 * np.pi * np.e) + log_sigma
     second_moment = np.exp(2 * log_alpha) * (MEAN**2 + STD**2)
     return entropy + 0.5 * second_moment / np.exp(2 * log_prior)
@@ -112,7 +136,7 @@ def constant(name):
 
 def expected_bound(name, model):
     """The bound's expectation per coordinate, by quadrature."""
-    ends = [2 * np.subtract(*LOGS[name](t)) for t in (1.0, START)]
+    ends = [2 * np.subtract(*LOGS[name](t)) for t in (END[name], START)]
     log_snr = np.linspace(*ends, 20_001)
     snr, mean, std = np.exp(log_snr), model[0], taken_std(model, log_snr)
     error = (snr * (STD**2 + (MEAN - mean) ** 2) + (snr * std**2) ** 2) / (1 + snr * std**2) ** 2
@@ -140,8 +164,8 @@ def model_nll(name, model):
         of_centre = drift * centre + pull * (centre - alpha * model[0])
         return t * np.array([of_centre, 2 * (drift + pull) * var - squared])
 
-    moments = np.array([0.0, np.exp(2 * LOGS[name](1.0)[1])])
-    grid = np.linspace(0.0, np.log(START), 601)
+    moments = np.array([0.0, np.exp(2 * LOGS[name](END[name])[1])])
+    grid = np.linspace(np.log(END[name]), np.log(START), 601)
     h = grid[1] - grid[0]
     for log_t in grid[:-1]:
         one = slope(log_t, moments)
@@ -166,8 +190,8 @@ def gaussian_network(model, x, level):
 @pytest.mark.parametrize("name", LOGS)
 def test_weighted_loss_bounds_the_likelihood(name):
     """B9: ½ D loss + constant ≥ the model's exact −log p; an equality for the exact denoiser."""
-    process = jd.Gaussian(SCHEDULES[name])
-    sampler = time_samplers.importance(START)
+    process = PROCESSES[name]
+    sampler = time_samplers.importance(START, END[name])
     objective = jax.jit(
         jd.denoising(
             gaussian_network,
@@ -193,7 +217,7 @@ def test_weighted_loss_bounds_the_likelihood(name):
         assert kind == "exact" or error < 0.05 * gap
 
     # What is exact: the entropy at t0, and the divergence of q_1 from the prior.
-    (log_alpha, log_sigma), (last_alpha, last_sigma) = LOGS[name](START), LOGS[name](1.0)
+    (log_alpha, log_sigma), (last_alpha, last_sigma) = LOGS[name](START), LOGS[name](END[name])
     total = lambda log_alpha, log_sigma: (np.exp(log_alpha) * STD) ** 2 + np.exp(2 * log_sigma)
     entropy = 1 + np.log(2 * np.pi * total(log_alpha, log_sigma))
     tail = 2 * kl(np.exp(last_alpha) * MEAN, total(last_alpha, last_sigma), np.exp(2 * last_sigma))

@@ -98,7 +98,8 @@ def test_tuning_lowers_the_exact_nll():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"grid": jd.grids.uniform(4)}, "grid must end above 0"),
+        ({"grid": jd.grids.uniform(4)}, "grid must begin at 1.*and end above 0"),
+        ({"grid": GRID[1:]}, "grid must begin at 1"),
         ({"grid": GRID[::-1]}, "grid must fall strictly, from at most 1"),
         ({"grid": 1.5 * GRID}, "grid must fall strictly, from at most 1"),
         ({"probes": 0}, "probes must be at least 1"),

@@ -141,6 +141,30 @@ def test_histograms_share_their_bins_and_have_area_one(rng):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["samples", "held out"]
 
 
+def test_likelihood_draws_the_histogram_and_each_sweep(rng):
+    nll = np.append(rng.normal(3.0, 1.0, 50), np.nan)
+    told = {"nll_nats_stderr": 0.1, "solver_error_nats": 0.01}
+    sweeps = {
+        "tolerance": [
+            {"tolerance": 1e-2, "nll_nats": 3.2, "calls": 40, **told},
+            {"tolerance": 1e-4, "nll_nats": None, "calls": 90, **told},
+            {"tolerance": 1e-5, "nll_nats": 3.0, "calls": None, **told, "nll_nats_stderr": None},
+        ]
+    }
+    first, second = plotting.likelihood(nll, sweeps=sweeps).axes
+    assert sum(bar.get_height() for bar in first.patches) == 50
+    assert first.lines[0].get_xdata()[0] == pytest.approx(np.nanmean(nll))
+    assert f"{np.nanmean(nll):.2f}" in first.get_xlabel()
+    (errors,) = second.containers
+    assert errors.lines[0].get_xydata().tolist() == [[1e-2, 3.2], [1e-5, 3.0]]
+    bars = [np.ptp(bar[:, 1]) for bar in errors.lines[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [2 * 0.21, 2 * 0.01])
+    assert (second.get_xlabel(), second.get_xscale()) == ("tolerance", "log")
+    assert [text.get_text() for text in second.texts] == ["40 calls", ""]
+    (alone,) = plotting.likelihood(nll).axes
+    assert sum(bar.get_height() for bar in alone.patches) == 50
+
+
 def test_training_curve_draws_what_the_rows_hold():
     rows = [{"step": 10, "loss": 2.0, "steps/s": 5.0}, {"step": 20, "loss": 1.0}]
     rows += [{"step": 20, "validation/loss": 1.5}]
@@ -179,6 +203,7 @@ def test_training_curve_draws_what_the_rows_hold():
         (lambda: plotting.histogram({"a": np.array([np.nan])}), r"groups\['a'\] must be \[n\]"),
         (lambda: plotting.histogram({"a": np.ones(2)}, bins=0), "bins must be >= 1"),
         (lambda: plotting.training_curve([{"step": 1, "mse": 2.0}]), r"have \['mse', 'step'\]"),
+        (lambda: plotting.likelihood(np.full(3, np.nan)), "nll"),
         (lambda: plotting.training_curve([]), "names must occur"),
     ],
 )

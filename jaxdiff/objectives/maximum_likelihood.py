@@ -48,7 +48,6 @@ class MaximumLikelihood:
             key=key,
             probes=self.probes,
             t0=self.grid[-1],
-            t1=self.grid[0],
             solver=self.solver,
             controller=diffrax.StepTo(self.grid[::-1]),
             max_steps=len(self.grid),
@@ -72,24 +71,25 @@ def maximum_likelihood(
         apply: apply(params, x [b, …], noise_level [b], **condition) → [b, …].
         process: the forward process.
         parameterization: what the network predicts.
-        grid: the times of a solver's steps, falling, the last above 0. Their error is trained
-            upon: judge the result with more steps, or with steps chosen by error.
+        grid: the times of a solver's steps, falling from 1, the last above 0. Their error is
+            trained upon: judge the result with more steps, or with steps chosen by error.
         solver: an explicit Runge–Kutta solver of diffrax; by default `Dopri5`.
-        probes: K ≥ 1 Hutchinson probes, anew in each step; None for the exact trace.
+        probes: K ≥ 1 Hutchinson probes, drawn anew for each batch; None for the exact trace.
 
     Returns:
         An objective. A batch holds "x" [b, …], data in model space; everything else in it, such
         as "label", is given to the network by name.
 
     Raises:
-        ValueError: if the grid does not fall within (0, 1], or probes < 1.
+        ValueError: if the grid does not fall from 1 to above 0, or probes < 1.
 
     Note: the gradient is exact for the steps taken (diffrax's checkpointing), and stores a state
         in every few of them.
     """
     grid = jnp.asarray(grid)
     grids.check(grid)
-    struct.require(grid[-1] > 0.0, f"grid must end above 0, got {grid}.")
+    ends = (grid[0] == 1.0) & (grid[-1] > 0.0)
+    struct.require(ends, f"grid must begin at 1, where the prior is, and end above 0, got {grid}.")
     if probes is not None and probes < 1:
         raise ValueError(f"probes must be at least 1, or None for the exact trace, got {probes}.")
     return MaximumLikelihood(
