@@ -1,12 +1,22 @@
 """What every test shares: strict promotion, a compilation cache, fake devices."""
 
+import gc
 import os
+from importlib.metadata import version
 
-# Before JAX starts: four CPU devices, so that data parallelism is tested on any machine; and less
-# optimisation, since compiling is most of the suite's time, and its programs run once.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
-)
+# Before JAX starts: four CPU devices, so that data parallelism is tested on any machine. The rest
+# is for time: most programs of the suite run once and compiling is most of its work, so code is
+# generated plainly, and passes over loops that do not come to an end are left out. For programs
+# that run long there is `oracles.optimised`.
+FLAGS = [
+    "--xla_force_host_platform_device_count=4",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_disable_hlo_passes=while-loop-invariant-code-motion,simplify-while-loops",
+]
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # unknown to later versions
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import tempfile
@@ -17,6 +27,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
+gc.set_threshold(100_000, 50, 100)  # tracing makes objects by the thousand, and keeps most
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker has a core to itself: threads of BLAS would only wait for each other.
     threadpool_limits(1, "blas")

@@ -5,6 +5,7 @@ score taken 0.01 late, noise 5 % too loud and a solve that stops at t = 0.02, wh
 standard deviation catches; and a wrong mixture weight shows in the shares of the modes.
 """
 
+import contextlib
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,6 +17,17 @@ import jaxdiff as jd
 from jaxdiff.data.mixture import GaussianMixture, gmm5
 from jaxdiff.metrics import energy_distance
 from jaxdiff.processes.base import Denoised
+
+
+@contextlib.contextmanager
+def optimised():
+    """Compiles with XLA's optimisation, which a program that is run for seconds repays."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 

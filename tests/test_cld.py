@@ -19,7 +19,7 @@ import pytest
 import scipy.integrate
 import scipy.linalg
 import scipy.stats
-from oracles import GMM5, gate, passes
+from oracles import GMM5, gate, optimised, passes
 
 import jaxdiff as jd
 from jaxdiff import latents, trace
@@ -760,7 +760,8 @@ def test_toy_config_learns():
     state = init_state(jax.jit(experiment.init)(KEY), experiment.optimizer, jax.random.key(1))
     untrained = experiment.evaluate(state.ema_params, KEY)["samples"]["energy_distance"]
     step = make_train_step(experiment.objective, experiment.optimizer, ema_decay=0.99)
-    state = fit(step, state, experiment.batches(), steps=1500, progress=False, eval_every=1500)
+    with optimised():
+        state = fit(step, state, experiment.batches(), steps=1500, progress=False, eval_every=1500)
     report = evaluate(experiment, state.ema_params, KEY)
     assert report["likelihood"]["entropy"] < report["likelihood"]["nll_nats"] < 4.2548
     assert report["samples"]["energy_distance"] < 0.2 * untrained

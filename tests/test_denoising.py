@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import GMM5, SCHEDULES, gate, passes
+from oracles import GMM5, SCHEDULES, gate, optimised, passes
 
 import jaxdiff as jd
 from jaxdiff import networks, weightings
@@ -173,8 +173,9 @@ def trained():
     step = make_train_step(objective, optimizer, ema_decay=0.995)
     state = init_state(params, optimizer, KEY)
     batches = FreshBatches(GMM5.sample, 512)
-    for i in range(4000):
-        state, _ = step(state, batches[i])
+    with optimised():
+        for i in range(4000):
+            state, _ = step(state, batches[i])
     return net, state.ema_params, jd.NetDenoiser(state.ema_params, VP, net.apply, jd.epsilon())
 
 

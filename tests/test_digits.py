@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import optimised
 
 import jaxdiff as jd
 from jaxdiff import networks
@@ -19,6 +20,7 @@ from jaxdiff.training import init_state, make_train_step, warmup_cosine_adam
 VP = jd.Gaussian(jd.linear_beta())
 
 
+@optimised()
 def train(net, steps):
     """Trains on the digits; returns the averaged parameters and the losses."""
     params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
@@ -39,9 +41,9 @@ def train(net, steps):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A U-Net after 1500 updates, and its losses."""
+    """A U-Net after 1000 updates, and its losses."""
     net = networks.UNet(width=16, blocks=1)
-    return net, *train(net, 1500)
+    return net, *train(net, 1000)
 
 
 def test_loss_falls_far_below_that_of_a_constant(trained):
@@ -53,7 +55,7 @@ def test_loss_falls_far_below_that_of_a_constant(trained):
 
 def test_scale_and_shift_learns_as_well():
     """A14: the other way to inject the noise level reaches the same bar."""
-    _, losses = train(networks.UNet(width=16, blocks=1, scale_shift=True), 300)
+    _, losses = train(networks.UNet(width=16, blocks=1, scale_shift=True), 200)
     assert losses[-50:].mean() < 0.25
 
 

@@ -237,7 +237,7 @@ def test_divergence_is_the_trace_of_the_jacobian(kind):
     else:
         net, shape = networks.UNet(width=8, multipliers=(1,), blocks=1, attention=()), (8, 8, 1)
     x = jax.random.normal(KEY, (2, *shape))
-    params = net.init(jax.random.key(1), x, jnp.zeros(2))
+    params = jax.jit(net.init)(jax.random.key(1), x, jnp.zeros(2))
     params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(KEY, a.shape), params)
     denoise = jd.NetDenoiser(params, VP, net.apply, jd.epsilon())
     t = jnp.float32(0.3)
@@ -250,7 +250,8 @@ def test_divergence_is_the_trace_of_the_jacobian(kind):
     assert not trace._backwards(lambda x: (jnp.tanh(x), None), jnp.zeros((2, 8)))
 
     size, one = x[0].size, lambda row: field(row[None])[0][0]
-    truth = [jnp.trace(jax.jacrev(one)(row).reshape(size, size)) for row in x]
+    jacobian = jax.jit(lambda row: jax.jacrev(one)(row).reshape(size, size))
+    truth = [jnp.trace(jacobian(row)) for row in x]
     _, found, _ = jax.jit(lambda x: trace.quadratic_forms(field, x, None))(x)
     np.testing.assert_allclose(found[:, 0], truth, rtol=1e-4)
 

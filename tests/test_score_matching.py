@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from oracles import GMM5, SCHEDULES
+from oracles import GMM5, SCHEDULES, optimised
 
 import jaxdiff as jd
 from jaxdiff import networks, trace
@@ -172,8 +172,9 @@ def trained(objective, params, draw, steps):
     optimizer = warmup_cosine_adam(3e-3, steps=steps, warmup=100)
     step = make_train_step(objective, optimizer, ema_decay=0.99)
     state, batches = init_state(params, optimizer, KEY), FreshBatches(draw, 256)
-    for i in range(steps):
-        state, _ = step(state, batches[i])
+    with optimised():
+        for i in range(steps):
+            state, _ = step(state, batches[i])
     return state.ema_params
 
 
