@@ -41,9 +41,9 @@ def train(net, steps):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A U-Net after 1000 updates, and its losses."""
+    """A U-Net after 1500 updates, and its losses."""
     net = networks.UNet(width=16, blocks=1)
-    return net, *train(net, 1000)
+    return net, *train(net, 1500)
 
 
 def test_loss_falls_far_below_that_of_a_constant(trained):
