@@ -7,7 +7,7 @@ a kernel, a scale or a table "weight", and keeps kernels with the outputs first.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,10 @@ def shapes_of(net: nn.Module, *inputs: Any) -> Params:
     return jax.eval_shape(net.init, jax.random.key(0), *inputs)
 
 
+def _flat(params: Params) -> dict[tuple[str, ...], Any]:
+    return cast(dict[tuple[str, ...], Any], flatten_dict(params["params"]))
+
+
 def _listed(names: Any) -> str:
     names = sorted(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -105,7 +109,7 @@ def from_torch(tensors: Tensors, shapes: Params, names: Names, source: str) -> P
         ValueError: names tensors that are missing, unknown or of a wrong shape.
     """
     wanted = {}
-    for path, leaf in flatten_dict(shapes["params"]).items():
+    for path, leaf in _flat(shapes).items():
         table = path[-1] == "embedding"
         wanted[_their_name(path, names)] = (path, leaf.shape, table)
     if missing := wanted.keys() - tensors.keys():
@@ -128,7 +132,7 @@ def from_torch(tensors: Tensors, shapes: Params, names: Names, source: str) -> P
 def to_torch(params: Params, names: Names) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`."""
     tensors = {}
-    for path, leaf in flatten_dict(params["params"]).items():
+    for path, leaf in _flat(params).items():
         array = np.asarray(leaf)
         array = array if path[-1] == "embedding" else _to_theirs(array)
         tensors[_their_name(path, names)] = np.ascontiguousarray(array)

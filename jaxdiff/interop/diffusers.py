@@ -74,11 +74,11 @@ ATTENTION = {
 class Steps(NamedTuple):
     """The network is told the step k = T t − 1."""
 
-    count: int
+    total: int
 
     def __call__(self, process: Gaussian, t: Time) -> Time:
         """T t − 1."""
-        return self.count * t - 1.0
+        return self.total * t - 1.0
 
 
 # The network

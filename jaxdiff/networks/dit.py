@@ -185,7 +185,7 @@ class DiT(nn.Module):
             nn.remat(_Block, prevent_cse=False) if self.remat else _Block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # it is annotated int
             length=self.depth,
         )
         context = None if context is None else context.astype(self.dtype)
