@@ -1,5 +1,8 @@
 """Score-based diffusion in JAX and Flax: the public names."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxdiff import grids as grids
 from jaxdiff import latents as latents
 from jaxdiff import likelihood as likelihood
@@ -81,3 +84,13 @@ from jaxdiff.schedules import subvp as subvp
 from jaxdiff.solve import probability_flow as probability_flow
 from jaxdiff.solve import reverse_sde as reverse_sde
 from jaxdiff.training import make_train_step as make_train_step
+
+if TYPE_CHECKING:
+    from jaxdiff import interop as interop
+
+
+def __getattr__(name: str) -> Any:
+    """`jaxdiff.interop`, imported when it is first asked for, since it brings Flax along."""
+    if name == "interop":
+        return importlib.import_module("jaxdiff.interop")
+    raise AttributeError(f"module 'jaxdiff' has no attribute {name!r}")

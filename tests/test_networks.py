@@ -1,4 +1,4 @@
-"""Embeddings, the MLP and the U-Net against closed forms and independent derivations."""
+"""Embeddings and the MLP against closed forms; what every network promises."""
 
 import math
 
@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 
 from jaxdiff.networks import MLP, GaussianFourier, Sinusoidal, SmoothFeatures, UNet
-from jaxdiff.networks.unet import _Attention, _downsample, _groups, _Norm, _ResBlock, _upsample
 
 KEY = jax.random.key(0)
 BATCH = 3
@@ -266,144 +264,3 @@ def test_mlp_sees_waves_by_their_angles_alone():
 def test_mlp_refuses_an_odd_depth(depth):
     with pytest.raises(ValueError, match=f"depth must be even.*{depth}"):
         MLP(depth=depth).init(KEY, vectors(), LEVELS)
-
-
-# The U-Net's parts
-
-
-@pytest.mark.parametrize("scale_shift", [False, True])
-def test_a_new_residual_block_is_its_skip(scale_shift):
-    x = images(channels=8)
-    c = jax.random.normal(KEY, (BATCH, 5))
-    block = _ResBlock(8, 0.0, scale_shift, jnp.float32)
-    out = block.apply(block.init(KEY, x, c), x, c)
-    np.testing.assert_allclose(out, x / math.sqrt(2), rtol=1e-6)
-    attention = _Attention(2, jnp.float32)
-    out = attention.apply(attention.init(KEY, x), x)
-    np.testing.assert_allclose(out, x / math.sqrt(2), rtol=1e-6)
-
-
-def test_attention_against_a_loop_over_heads_and_pixels():
-    b, side, channels, heads = 2, 4, 8, 2
-    x = jax.random.normal(KEY, (b, side, side, channels))
-    layer = _Attention(heads, jnp.float32)
-    params = perturbed(layer, x)
-    got = layer.apply(params, x)
-
-    p = jax.tree.map(np.asarray, params["params"])
-    norm = nn.GroupNorm(_groups(channels), epsilon=1e-6)
-    y = np.asarray(norm.apply({"params": p["_Norm_0"]}, x)).reshape(b, side * side, channels)
-    q, k, v = (y @ p[f"Dense_{i}"]["kernel"] + p[f"Dense_{i}"]["bias"] for i in range(3))
-    mixed = np.zeros_like(q)
-    d = channels // heads
-    for i in range(b):
-        for cut in (slice(h * d, (h + 1) * d) for h in range(heads)):
-            for pixel in range(side * side):
-                weight = np.exp(k[i, :, cut] @ q[i, pixel, cut] / math.sqrt(d))
-                mixed[i, pixel, cut] = weight / weight.sum() @ v[i, :, cut]
-    out = (mixed @ p["Dense_3"]["kernel"] + p["Dense_3"]["bias"]).reshape(x.shape)
-    np.testing.assert_allclose(got, (x + out) / math.sqrt(2), atol=1e-5)
-
-
-@pytest.mark.parametrize("channels", [4, 32, 144])
-def test_norm_is_group_normalisation_then_scale_and_shift(channels):
-    x = 1.0 + 3.0 * images(channels=channels)
-    layer = _Norm(jnp.float32)
-    params = perturbed(layer, x)
-    reference = nn.GroupNorm(_groups(channels), epsilon=1e-6, use_fast_variance=False)
-    expected = reference.apply(params, x)
-    np.testing.assert_allclose(layer.apply(params, x), expected, atol=1e-4)
-    scale, shift = jax.random.normal(KEY, (2, BATCH, channels))
-    adapted = expected * (1 + scale[:, None, None, :]) + shift[:, None, None, :]
-    np.testing.assert_allclose(layer.apply(params, x, scale, shift), adapted, atol=1e-4)
-
-
-def test_groups_divide_the_channels():
-    # DDPM's min(32, c / 4) wherever it divides, and the next smaller divisor where not.
-    assert [_groups(c) for c in (1, 4, 8, 32, 48, 128, 144, 256)] == [1, 1, 2, 8, 12, 32, 24, 32]
-
-
-def test_halving_averages_and_doubling_repeats():
-    x = jnp.arange(15.0).reshape(1, 3, 5, 1)
-    expected = [[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]
-    np.testing.assert_allclose(_downsample(x)[0, :, :, 0], expected)
-    up = _upsample(_downsample(x), (3, 5))[0, :, :, 0]
-    np.testing.assert_allclose(up[:2, :], [[3.0, 3.0, 5.0, 5.0, 6.5]] * 2)
-    np.testing.assert_allclose(up[2, :], [10.5, 10.5, 12.5, 12.5, 14.0])
-
-
-# The whole U-Net
-
-
-@pytest.mark.parametrize(
-    "shape", [(8, 8), (10, 10), (16, 16), (18, 18), (28, 28), (32, 32), (8, 14)]
-)
-def test_any_even_side_comes_back(shape):
-    net = tiny(width=4, multipliers=(1, 1, 2))
-    x = jnp.zeros((2, *shape, 3))
-    params = jax.eval_shape(net.init, KEY, x, jnp.zeros(2))
-    out = jax.eval_shape(net.apply, params, x, jnp.zeros(2))
-    assert out.shape == x.shape
-
-
-def test_odd_levels_reach_the_last_corner():
-    # 10 -> 5 -> 3 -> 5 -> 10: what is padded and cropped on the way is not the image.
-    net = tiny(width=4, multipliers=(1, 1, 1), attention=())
-    x = jax.random.normal(KEY, (2, 10, 10, 1))
-    x = x.at[1].set(x[0]).at[1, -1, -1].add(1.0)
-    out = jax.jit(net.apply)(perturbed(net, x, LEVELS[:2]), x, jnp.zeros(2))
-    assert jnp.all(jnp.isfinite(out))
-    assert float(jnp.abs(out[0, -1, -1] - out[1, -1, -1]).max()) > 1e-3
-
-
-@pytest.mark.parametrize("shape", [(7, 8), (8, 9), (6, 6), (28, 27)])
-def test_odd_or_small_images_are_refused(shape):
-    with pytest.raises(ValueError, match=r"x must be images.*even.*at least 8"):
-        tiny().init(KEY, jnp.zeros((1, *shape, 1)), jnp.zeros(1))
-
-
-def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"heads must divide the channels.*got 3"):
-        tiny(heads=3).init(KEY, images(), LEVELS)
-
-
-def test_attention_acts_at_the_sides_asked_for():
-    def attentions(net, side):
-        x = jnp.zeros((1, side, side, 1))
-        params = jax.eval_shape(net.init, KEY, x, jnp.zeros(1))["params"]
-        return sum("Attention" in name for name in params)
-
-    # The middle always; at side 4 once per block down and once up; at 8 the same.
-    assert attentions(tiny(attention=()), 8) == 1
-    assert attentions(tiny(attention=(4,), blocks=2), 8) == 1 + 2 + 1
-    assert attentions(tiny(attention=(4, 8), blocks=1), 8) == 1 + 2 * 2
-    assert attentions(tiny(attention=(4,)), 16) == 1
-
-
-def test_published_parameter_counts():
-    # Song et al. 2021, DDPM++ and DDPM++ deep for CIFAR-10, from the official code.
-    def published(blocks):
-        return UNet(128, (1, 2, 2, 2), blocks, attention=(16,), embedding=Sinusoidal(128))
-
-    assert count(published(4), (1, 32, 32, 3)) == 61_804_419
-    assert count(published(8), (1, 32, 32, 3)) == 106_632_579
-
-
-def test_parameter_count_by_hand():
-    w, dim = 8, 64
-    c = 4 * w
-
-    def conv(n, m, side=3):
-        return side * side * n * m + m
-
-    def block(n, m, skip):
-        norms = 2 * n + 2 * m
-        return norms + conv(n, m) + (c + 1) * m + conv(m, m) + (conv(n, m, 1) if skip else 0)
-
-    total = (dim + 1) * c + (c + 1) * c  # conditioning
-    total += conv(1, w) + block(w, w, False)  # down, side 8
-    total += 2 * block(w, w, False)  # middle
-    total += 2 * w + 4 * conv(w, w, 1)  # its attention
-    total += 2 * block(2 * w, w, True)  # up, side 8: a block for each of two skips
-    total += 2 * w + conv(w, 1)
-    assert count(tiny(multipliers=(1,), attention=()), (1, 8, 8, 1)) == total

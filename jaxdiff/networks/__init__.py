@@ -7,6 +7,7 @@ only if a random key named "dropout" is given: `apply(..., rngs={"dropout": key}
 """
 
 from jaxdiff.networks.dequantizer import Dequantizer as Dequantizer
+from jaxdiff.networks.dit import DiT as DiT
 from jaxdiff.networks.embeddings import GaussianFourier as GaussianFourier
 from jaxdiff.networks.embeddings import Sinusoidal as Sinusoidal
 from jaxdiff.networks.embeddings import SmoothFeatures as SmoothFeatures
@@ -20,6 +21,7 @@ __all__ = [
     "MLP",
     "Conservative",
     "Dequantizer",
+    "DiT",
     "GaussianFourier",
     "Sinusoidal",
     "SmoothFeatures",

@@ -1,4 +1,4 @@
-"""A U-Net for images: the DDPM++ architecture, for any even side of at least 8.
+"""A U-Net for images: the architectures of the papers, for any even side of at least 8.
 
 An image passes down through levels of halved side, through the middle, and up again; on its way up
 each block is also given what its twin on the way down had computed. A block is
@@ -6,19 +6,28 @@ each block is also given what its twin on the way down had computed. A block is
     h = conv(dropout(silu(norm(conv(resample(silu(norm(x)))) + W c))),    x <- (skip(x) + h) / √2
 
 where c is the conditioning vector of noise level and class and the last convolution starts at zero:
-at the start a block is its skip connection over √2, and the whole network returns zero. Halving
-averages 2 × 2 pixels and doubling repeats them, both inside a residual block of its own. A level of
+at the start a block is its skip connection over √2, and the whole network returns zero. A level of
 odd side n is padded with its own edge to n + 1 before it is halved and cropped back to n after it
 was doubled, so 10 -> 5 -> 3 -> 5 -> 10.
 
+The papers' networks are this one with the sizes of the run (`UNet`) and a few habits (`Variant`):
+
+    DDPM     sides change by convolutions of stride 2, attention after every block, no √2
+    DDPMPP   sides change inside residual blocks, by averages and repetition (the default)
+    NCSNPP   as DDPMPP, by a smooth filter; the image itself runs down beside the network
+    ADM      as DDPMPP without √2 and with attention after every block; usually scale and shift
+    VDM      one level, no √2
+
 References: Ho et al. 2020, arXiv 2006.11239, appendix B; Song et al. 2021, arXiv 2011.13456,
-appendix H (DDPM++: rescaled skips, BigGAN blocks); Dhariwal and Nichol 2021, arXiv 2105.05233,
-section 3.1 (scale and shift).
+appendix H; Dhariwal and Nichol 2021, arXiv 2105.05233, section 3; Kingma et al. 2021, arXiv
+2107.00630, appendix B; Brock et al. 2019, arXiv 1809.11096 (resampling inside blocks); Zhang 2019,
+arXiv 1904.11486 (the filter).
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +38,47 @@ from jaxtyping import Float, Int
 from jaxdiff.networks.embeddings import Conditioning, SmoothFeatures
 from jaxdiff.typing import Array
 
-__all__ = ["UNet"]
+__all__ = ["ADM", "DDPM", "DDPMPP", "NCSNPP", "VDM", "UNet", "Variant"]
 
 Image = Float[Array, "b h w c"]
 
 _zeros = nn.initializers.zeros
+
+
+class Variant(NamedTuple):
+    """The habits in which the published U-Nets differ, beside their sizes."""
+
+    rescale: bool = True
+    """Divide by √2 wherever two branches are added."""
+    strided: bool = False
+    """Change sides by a convolution of its own, else inside a residual block."""
+    padding: tuple[int, int] = (0, 1)
+    """Of the strided convolution: zeros before and after the image."""
+    smooth: bool = False
+    """Filter with [1, 3, 3, 1] when sides change, else average and repeat pixels."""
+    project: bool = True
+    """A convolution on the skip of every block that changes sides, not only the channels."""
+    image_in: Literal["residual", "skip"] | None = None
+    """How the image itself runs down beside the network: convolved at each level and added to the
+    state, which goes on in its place (residual), or only filtered, and shown to each level (skip).
+    """
+    image_out: bool = False
+    """Whether each level adds its own image to the output, else the last alone gives it."""
+    attend_each: bool = False
+    """On the way up, attend after every block, else after the last of a level."""
+    bias: bool = True
+    """Whether the conditioning is injected with a bias."""
+    groups: int | None = None
+    """Of the norms; None for the greatest number up to 32 and a quarter of the channels."""
+    epsilon: float = 1e-6
+    """Added to the variance in a norm."""
+
+
+DDPM = Variant(rescale=False, strided=True, attend_each=True)
+DDPMPP = Variant()
+NCSNPP = Variant(smooth=True, image_in="residual")
+ADM = Variant(rescale=False, project=False, attend_each=True, epsilon=1e-5)
+VDM = Variant(rescale=False, bias=False)
 
 
 def _wide(dtype: DTypeLike) -> DTypeLike:
@@ -41,16 +86,47 @@ def _wide(dtype: DTypeLike) -> DTypeLike:
     return jnp.promote_types(jnp.float32, dtype)
 
 
-def _downsample(x: Image) -> Float[Array, "b h2 w2 c"]:
-    b, h, w, c = x.shape
-    x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
-    return x.reshape(b, (h + 1) // 2, 2, (w + 1) // 2, 2, c).mean((2, 4))
+def _even(x: Image) -> Float[Array, "b h2 w2 c"]:
+    _, h, w, _ = x.shape
+    return jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
 
 
-def _upsample(x: Image, shape: tuple[int, ...]) -> Float[Array, "b h2 w2 c"]:
+def _filtered(x: Image, padding: int, stride: int) -> Float[Array, "b h2 w2 c"]:
+    """Convolved with [1, 3, 3, 1] / 8 along either side, with zeros around."""
+    for axis in (1, 2):
+        pads = [(padding, padding) if i == axis else (0, 0) for i in range(4)]
+        padded = jnp.pad(x, pads)
+        end = padded.shape[axis] - 3
+        taps = (
+            weight * jax.lax.slice_in_dim(padded, start, start + end, stride, axis)
+            for start, weight in enumerate((0.125, 0.375, 0.375, 0.125))
+        )
+        x = sum(taps, start=jnp.zeros((), x.dtype))
+    return x
+
+
+def _halve(x: Image, smooth: bool = False) -> Float[Array, "b h2 w2 c"]:
+    x = _even(x)
+    if smooth:
+        return _filtered(x, padding=1, stride=2)
     b, h, w, c = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
-    return x.reshape(b, 2 * h, 2 * w, c)[:, : shape[0], : shape[1]]
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def _double(x: Image, shape: tuple[int, ...], smooth: bool = False) -> Float[Array, "b h2 w2 c"]:
+    for axis in (1, 2):
+        size = x.shape[axis]
+        first = second = x
+        if smooth:
+            pads = [(1, 1) if i == axis else (0, 0) for i in range(4)]
+            padded = jnp.pad(x, pads)
+            before, after = (
+                jax.lax.slice_in_dim(padded, start, start + size, axis=axis) for start in (0, 2)
+            )
+            first, second = 0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after
+        doubled = [2 * n if i == axis else n for i, n in enumerate(x.shape)]
+        x = jnp.stack([first, second], axis=axis + 1).reshape(doubled)
+    return x[:, : shape[0], : shape[1]]
 
 
 def _groups(channels: int) -> int:
@@ -64,6 +140,7 @@ class _Norm(nn.Module):
     (sums of x and of x², in float32) and one for the result.
     """
 
+    variant: Variant
     dtype: DTypeLike
 
     @nn.compact
@@ -74,7 +151,7 @@ class _Norm(nn.Module):
         shift: Float[Array, "b c"] | None = None,
     ) -> Image:
         b, h, w, c = x.shape
-        groups = _groups(c)
+        groups = _groups(c) if self.variant.groups is None else self.variant.groups
         wide = x.astype(_wide(self.dtype))
 
         def group_mean(total: Float[Array, "b c"]) -> Float[Array, "b c"]:
@@ -84,7 +161,7 @@ class _Norm(nn.Module):
         mean = group_mean(wide.sum((1, 2)))
         var = group_mean(jnp.square(wide).sum((1, 2))) - jnp.square(mean)
         gain = self.param("scale", nn.initializers.ones, (c,), jnp.float32)[None, :]
-        gain = gain * jax.lax.rsqrt(jnp.maximum(var, 0.0) + 1e-6)
+        gain = gain * jax.lax.rsqrt(jnp.maximum(var, 0.0) + self.variant.epsilon)
         offset = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)[None, :] - gain * mean
         if scale is not None:
             gain, offset = gain * (1 + scale), offset * (1 + scale)
@@ -93,58 +170,72 @@ class _Norm(nn.Module):
         return (wide * gain[:, None, None, :] + offset[:, None, None, :]).astype(self.dtype)
 
 
+def _add(x: Image, h: Image, variant: Variant) -> Image:
+    return (x + h) / math.sqrt(2) if variant.rescale else x + h
+
+
 class _ResBlock(nn.Module):
     """x, c -> (skip(x) + h(x, c)) / √2."""
 
     channels: int
     dropout: float
     scale_shift: bool
+    variant: Variant
     dtype: DTypeLike
     resample: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x: Image, condition: Float[Array, "b d"]) -> Float[Array, "b h2 w2 c2"]:
         conv = partial(nn.Conv, self.channels, dtype=self.dtype)
-        h = nn.silu(_Norm(self.dtype)(x))
+        norm = partial(_Norm, self.variant, self.dtype)
+        h = nn.silu(norm(name="norm_0")(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = conv((3, 3))(h)
-        injected = nn.Dense((1 + self.scale_shift) * self.channels, dtype=self.dtype)(condition)
+        h = conv((3, 3), name="conv_0")(h)
+        inject = nn.Dense(
+            (1 + self.scale_shift) * self.channels,
+            use_bias=self.variant.bias,
+            dtype=self.dtype,
+            name="inject",
+        )
         if self.scale_shift:
-            h = _Norm(self.dtype)(h, *jnp.split(injected, 2, axis=-1))
+            h = norm(name="norm_1")(h, *jnp.split(inject(condition), 2, axis=-1))
         else:
-            h = _Norm(self.dtype)(h + injected[:, None, None, :])
+            h = norm(name="norm_1")(h + inject(condition)[:, None, None, :])
         h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not self.has_rng("dropout"))
-        h = conv((3, 3), kernel_init=_zeros)(h)
-        if self.resample is not None or x.shape[-1] != self.channels:
-            x = conv((1, 1))(x)
-        return (x + h) / math.sqrt(2)
+        h = conv((3, 3), kernel_init=_zeros, name="conv_1")(h)
+        project = self.resample is not None and self.variant.project
+        if project or x.shape[-1] != self.channels:
+            x = conv((1, 1), name="skip")(x)
+        return _add(x, h, self.variant)
 
 
 class _Attention(nn.Module):
     """x -> (x + W softmax(Q Kᵀ / √d) V) / √2 over the pixels of an image."""
 
-    heads: int
+    head_width: int | None
+    variant: Variant
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
         b, h, w, c = x.shape
+        d = self.head_width or c
         # Pixels as rows of one matrix: the gradient of a product with two leading axes is slow on
         # a CPU.
-        pixels = _Norm(self.dtype)(x).reshape(b * h * w, c)
+        pixels = _Norm(self.variant, self.dtype, name="norm")(x).reshape(b * h * w, c)
 
-        def project() -> Float[Array, "b n heads d"]:
-            y = nn.Dense(c, dtype=self.dtype)(pixels)
-            return y.reshape(b, h * w, self.heads, c // self.heads)
+        def project(name: str) -> Float[Array, "b n heads d"]:
+            y = nn.Dense(c, dtype=self.dtype, name=name)(pixels)
+            return y.reshape(b, h * w, c // d, d)
 
-        mixed = jax.nn.dot_product_attention(project(), project(), project())
-        out = nn.Dense(c, kernel_init=_zeros, dtype=self.dtype)(mixed.reshape(b * h * w, c))
-        return (x + out.reshape(x.shape)) / math.sqrt(2)
+        mixed = jax.nn.dot_product_attention(project("query"), project("key"), project("value"))
+        out = nn.Dense(c, kernel_init=_zeros, dtype=self.dtype, name="out")
+        return _add(x, out(mixed.reshape(b * h * w, c)).reshape(x.shape), self.variant)
 
 
 class UNet(nn.Module):
-    """The DDPM++ U-Net: images [b, h, w, c] -> images of the same sides, in float32.
+    """A U-Net: images [b, h, w, c] -> images of the same sides, in float32.
 
     With `UNet(128, (1, 2, 2, 2), 4, attention=(16,), embedding=Sinusoidal(128))` and 32 × 32 × 3
     images it has the 61,804,419 parameters of the published DDPM++.
@@ -155,39 +246,45 @@ class UNet(nn.Module):
         blocks: residual blocks a level on the way down; one more on the way up.
         attention: sides (the longer one, in pixels) of the levels that attend; the middle always
             does.
-        heads: attention heads; must divide the channels of the levels that attend.
+        head_width: channels of an attention head; must divide those of the levels that attend.
+            None for one head of all channels.
         dropout: rate in [0, 1) inside the residual blocks.
         embedding: noise_level [b] -> features [b, n].
         scale_shift: inject the conditioning as scale and shift of a norm (True), or add it (False).
         num_classes: number of classes k, or None. Label k, or no label, is the null label.
+        variant: the paper's habits: `DDPM`, `DDPMPP`, `NCSNPP`, `ADM`, `VDM` or others.
         dtype: of the computation; parameters, norms, softmax and the output stay in float32.
         out_channels: channels of the output; None for as many as the input has.
         fourier: exponents n, ≥ 0: for each, the network sees sin(2ⁿ π x) and cos(2ⁿ π x) beside
             its input x. They tell neighbouring grey levels apart, which a likelihood asks for and
             the eye does not: for L levels in [-1, 1], with n about log₂ L - 1 and log₂ L.
+        remat: keep only what passes between blocks for the gradient, and compute their inside
+            again: less memory for about a third more time.
 
     Raises:
-        ValueError: if a side of the images is odd or less than 8, if `heads` does not divide the
-            channels, if an exponent of `fourier` is negative, or if a label is given to a network
-            without classes.
+        ValueError: if a side of the images is odd or less than 8, if `head_width` or the groups of
+            `variant` do not divide the channels, if an exponent of `fourier` is negative, or if a
+            label is given to a network without classes.
 
     References:
         Song et al. 2021, arXiv 2011.13456, appendix H; Kingma et al. 2021, arXiv 2107.00630,
-        section 3.4 and appendix C (`fourier`).
+        section 3.4 and appendix C (`fourier`); Chen et al. 2016, arXiv 1604.06174 (`remat`).
     """
 
     width: int = 32
     multipliers: tuple[int, ...] = (1, 2)
     blocks: int = 2
     attention: tuple[int, ...] = (4,)
-    heads: int = 1
+    head_width: int | None = None
     dropout: float = 0.0
     embedding: Callable[[Array], Array] = SmoothFeatures()
     scale_shift: bool = False
     num_classes: int | None = None
+    variant: Variant = DDPMPP
     dtype: DTypeLike = jnp.float32
     out_channels: int | None = None
     fourier: tuple[int, ...] = ()
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -195,43 +292,83 @@ class UNet(nn.Module):
     ) -> Float[Array, "b h w c2"]:
         """Return the network's output [b, h, w, c2]; no label means the null label."""
         self._check(x)
-        condition = Conditioning(4 * self.width, self.embedding, self.num_classes, self.dtype)
+        v, wide = self.variant, _wide(self.dtype)
+        condition = Conditioning(
+            4 * self.width, self.embedding, self.num_classes, self.dtype, name="condition"
+        )
         c = condition(noise_level, label)
         block = partial(
-            _ResBlock, dropout=self.dropout, scale_shift=self.scale_shift, dtype=self.dtype
+            nn.remat(_ResBlock) if self.remat else _ResBlock,
+            dropout=self.dropout,
+            scale_shift=self.scale_shift,
+            variant=v,
+            dtype=self.dtype,
         )
-
-        def attend(h: Image) -> Image:
-            return _Attention(self.heads, self.dtype)(h)
+        attention = partial(
+            nn.remat(_Attention) if self.remat else _Attention, self.head_width, v, self.dtype
+        )
+        conv = partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
 
         def attends(h: Image) -> bool:
             return max(h.shape[1:3]) in self.attention
 
+        def read(h: Image, level: int) -> Float[Array, "b h w c2"]:
+            norm = _Norm(v, wide, name=f"out_{level}_norm")
+            features = x.shape[-1] if self.out_channels is None else self.out_channels
+            last = nn.Conv(
+                features, (3, 3), kernel_init=_zeros, dtype=wide, name=f"out_{level}_conv"
+            )
+            return last(nn.silu(norm(h)))
+
         channels = [m * self.width for m in self.multipliers]
-        h = nn.Conv(self.width, (3, 3), dtype=self.dtype)(self._with_fourier(x))
+        image = x.astype(self.dtype)
+        h = conv(self.width, name="in")(self._with_fourier(x))
         skips = [h]
         for level, n in enumerate(channels):
             if level > 0:
-                h = block(h.shape[-1], resample=_downsample)(h, c)
+                name, before = f"down_{level}", h.shape[-1]
+                if v.strided:
+                    down = conv(before, strides=2, padding=(v.padding, v.padding), name=name)
+                    h = down(_even(h))
+                else:
+                    h = block(before, resample=partial(_halve, smooth=v.smooth), name=name)(h, c)
+                if v.image_in == "residual":
+                    image = _filtered(_even(image), padding=2, stride=1) if v.smooth else image
+                    padding = "VALID" if v.smooth else (v.padding, v.padding)
+                    shown = conv(before, strides=2, padding=padding, name=f"{name}_image")
+                    h = image = _add(shown(image), h, v)
+                if v.image_in == "skip":
+                    image = _halve(image, v.smooth)
+                    h = h + conv(before, kernel_size=(1, 1), name=f"{name}_image")(image)
                 skips.append(h)
-            for _ in range(self.blocks):
-                h = block(n)(h, c)
-                h = attend(h) if attends(h) else h
+            for i in range(self.blocks):
+                h = block(n, name=f"down_{level}_block_{i}")(h, c)
+                h = attention(name=f"down_{level}_attention_{i}")(h) if attends(h) else h
                 skips.append(h)
 
-        h = block(channels[-1])(attend(block(channels[-1])(h, c)), c)
+        h = block(channels[-1], name="middle_block_0")(h, c)
+        h = attention(name="middle_attention")(h)
+        h = block(channels[-1], name="middle_block_1")(h, c)
 
+        out = None
         for level, n in reversed(list(enumerate(channels))):
-            for _ in range(self.blocks + 1):
-                h = block(n)(jnp.concatenate([h, skips.pop()], axis=-1), c)
-            h = attend(h) if attends(h) else h
+            for i in range(self.blocks + 1):
+                joined = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(n, name=f"up_{level}_block_{i}")(joined, c)
+                if attends(h) and (v.attend_each or i == self.blocks):
+                    h = attention(name=f"up_{level}_attention_{i}")(h)
+            if v.image_out or level == 0:
+                shown = read(h, level)
+                out = shown if out is None else shown + _double(out, shown.shape[1:3], v.smooth)
             if level > 0:
-                h = block(n, resample=partial(_upsample, shape=skips[-1].shape[1:3]))(h, c)
-
-        wide = _wide(self.dtype)
-        h = nn.silu(_Norm(wide)(h))
-        channels_out = x.shape[-1] if self.out_channels is None else self.out_channels
-        return nn.Conv(channels_out, (3, 3), kernel_init=_zeros, dtype=wide)(h)
+                double = partial(_double, shape=skips[-1].shape[1:3], smooth=v.smooth)
+                name = f"up_{level}"
+                if v.strided:
+                    h = conv(n, name=name)(double(h))
+                else:
+                    h = block(n, resample=double, name=name)(h, c)
+        assert out is not None
+        return out
 
     def _with_fourier(self, x: Image) -> Float[Array, "b h w c2"]:
         # In full precision: a wave of many turns magnifies the rounding of its angle.
@@ -248,8 +385,9 @@ class UNet(nn.Module):
             )
         if any(n < 0 for n in self.fourier):
             raise ValueError(f"fourier must be exponents of at least 0, got {self.fourier}")
-        if any(m * self.width % self.heads for m in self.multipliers):
-            raise ValueError(
-                f"heads must divide the channels of every level, {self.width} × {self.multipliers},"
-                f" got {self.heads}"
-            )
+        for name, divisor in (("head_width", self.head_width), ("groups", self.variant.groups)):
+            if divisor is not None and any(m * self.width % divisor for m in self.multipliers):
+                raise ValueError(
+                    f"{name} must divide the channels of every level, {self.width} × "
+                    f"{self.multipliers}, got {divisor}"
+                )

@@ -1,0 +1,367 @@
+"""Models of the library diffusers: a folder of json and safetensors, and back.
+
+A pipeline's folder has the network in `unet/` (config.json beside
+diffusion_pytorch_model.safetensors) and the process in `scheduler/scheduler_config.json`. Its
+step k of T is our time (k + 1)/T.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff import grids, parameterizations, schedules
+from jaxdiff.interop.base import Pretrained, from_torch, read_safetensors, shapes_of, to_torch
+from jaxdiff.networks import unet
+from jaxdiff.networks.embeddings import GaussianFourier, Sinusoidal
+from jaxdiff.processes.gaussian import Gaussian
+from jaxdiff.typing import Params, Time
+
+__all__ = ["from_diffusers", "to_diffusers"]
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+Config = Mapping[str, Any]
+
+
+class Block(NamedTuple):
+    """What a kind of block, down or up, has beside its residual blocks."""
+
+    attends: bool = False
+    skips: bool = False
+    blockwise: bool = False
+
+
+# Of the names in a config, without "Down" or "Up".
+BLOCKS = {
+    "Block2D": Block(),
+    "AttnBlock2D": Block(attends=True),
+    "SkipBlock2D": Block(skips=True),
+    "AttnSkipBlock2D": Block(attends=True, skips=True),
+    "ResnetsampleBlock2D": Block(blockwise=True),
+}
+
+# Attention was once written as convolutions, by other names.
+OLD_NAMES = {
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}
+
+RESIDUAL = {
+    "norm_0": "norm1",
+    "conv_0": "conv1",
+    "inject": "time_emb_proj",
+    "norm_1": "norm2",
+    "conv_1": "conv2",
+    "skip": "conv_shortcut",
+}
+ATTENTION = {
+    "norm": "group_norm",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "out": "to_out.0",
+}
+
+
+class Steps(NamedTuple):
+    """The network is told the step k = T t − 1."""
+
+    total: int
+
+    def __call__(self, process: Gaussian, t: Time) -> Time:
+        """T t − 1."""
+        return self.total * t - 1.0
+
+
+# The network
+
+
+def _one(config: Config, name: str, *allowed: Any) -> Any:
+    value = config.get(name, allowed[0])
+    if value not in allowed:
+        words = " or ".join(map(repr, allowed))
+        raise ValueError(f"{name} must be {words} here, got {value!r} in config.json.")
+    return value
+
+
+def _levels(config: Config) -> list[Block]:
+    """The kinds of the levels, from the finest, the same down and up."""
+    down, up = (
+        [name.replace(way, "", 1) for name in config[f"{way.lower()}_block_types"]]
+        for way in ("Down", "Up")
+    )
+    down, up = (
+        [name.replace("Resnet" + way.lower(), "Resnet") for name in names]
+        for names, way in ((down, "Down"), (up, "Up"))
+    )
+    if unknown := set(down + up) - BLOCKS.keys():
+        raise ValueError(
+            f"block types must be those of UNet2DModel with levels of {', '.join(BLOCKS)}, "
+            f"got {', '.join(sorted(unknown))} in config.json."
+        )
+    if down != up[::-1]:
+        raise ValueError(
+            "up_block_types must mirror down_block_types, got "
+            f"{config['down_block_types']} and {config['up_block_types']} in config.json."
+        )
+    return [BLOCKS[name] for name in down]
+
+
+def _network(config: Config) -> unet.UNet:
+    """The U-Net of a config.json.
+
+    Raises:
+        ValueError: names the setting that no network here has.
+    """
+    channels, levels = config["block_out_channels"], _levels(config)
+    width = channels[0]
+    if any(n % width for n in channels):
+        raise ValueError(
+            f"block_out_channels must be multiples of the first, got {channels} in config.json."
+        )
+    _one(config, "act_fn", "silu", "swish")
+    _one(config, "add_attention", True)
+    _one(config, "center_input_sample", False)
+    _one(config, "class_embed_type", None)
+    _one(config, "mid_block_type", "UNetMidBlock2D")
+    # With scale and shift, and this left open, the attention in the middle is without a norm.
+    groups = config.get("norm_num_groups", 32)
+    if _one(config, "resnet_time_scale_shift", "default", "scale_shift") == "scale_shift":
+        _one({"attn_norm_num_groups": None, **config}, "attn_norm_num_groups", groups)
+    else:
+        _one(config, "attn_norm_num_groups", None, groups)
+    skips = any(level.skips for level in levels)
+    if skips != all(level.skips for level in levels):
+        raise ValueError(
+            "down_block_types must have skips at all levels or at none, got "
+            f"{config['down_block_types']} in config.json."
+        )
+    scale = math.sqrt(2.0) if skips else 1.0
+    if not math.isclose(config.get("mid_block_scale_factor", 1.0), scale, rel_tol=1e-4):
+        raise ValueError(
+            f"mid_block_scale_factor must be {scale:.4f} with such levels, got "
+            f"{config['mid_block_scale_factor']} in config.json."
+        )
+    blockwise = skips or _one(config, "downsample_type", "conv", "resnet") == "resnet"
+    if not skips:
+        _one(config, "upsample_type", "resnet" if blockwise else "conv")
+    padding = (0, 1) if _one(config, "downsample_padding", 1, 0) == 0 else (1, 1)
+    variant = unet.Variant(
+        rescale=skips,
+        strided=not blockwise,
+        padding=padding,
+        smooth=skips,
+        project=skips,
+        image_in="skip" if skips else None,
+        image_out=skips,
+        attend_each=not skips,
+        groups=None if skips else groups,
+        epsilon=config.get("norm_eps", 1e-5),
+    )
+    if _one(config, "time_embedding_type", "positional", "fourier") == "fourier":
+        embedding: Any = GaussianFourier(2 * width)
+    else:
+        # Their frequencies are 10⁴ to the −k/(n − shift), ours to the −k/(n − 1).
+        half = width // 2
+        shift = config.get("freq_shift", 0)
+        embedding = Sinusoidal(width, max_period=1e4 ** ((half - 1) / (half - shift)))
+    return unet.UNet(
+        width=width,
+        multipliers=tuple(n // width for n in channels),
+        blocks=config.get("layers_per_block", 2),
+        attention=tuple(
+            config["sample_size"] // 2**i for i, level in enumerate(levels) if level.attends
+        ),
+        head_width=config.get("attention_head_dim", 8),
+        dropout=config.get("dropout", 0.0),
+        embedding=embedding,
+        scale_shift=config.get("resnet_time_scale_shift") == "scale_shift",
+        num_classes=config.get("num_class_embeds"),
+        variant=variant,
+        out_channels=config["out_channels"],
+    )
+
+
+def _names(net: unet.UNet, shapes: Params) -> dict[str, str]:
+    """Where each module of ours is found in their state."""
+    last = len(net.multipliers) - 1
+    names = {
+        "in": "conv_in",
+        "condition/Dense_0": "time_embedding.linear_1",
+        "condition/Dense_1": "time_embedding.linear_2",
+        "condition/Embed_0": "class_embedding",
+        "embedding": "time_proj",
+        "out_0_norm": "conv_norm_out",
+        "out_0_conv": "conv_out",
+    }
+
+    def inside(ours: str, theirs: str, table: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        return ((f"{ours}/{a}", f"{theirs}.{b}") for a, b in table.items())
+
+    def residual(ours: str, theirs: str) -> None:
+        names.update(inside(ours, theirs, RESIDUAL))
+
+    def attention(ours: str, theirs: str) -> None:
+        names.update(inside(ours, theirs, ATTENTION))
+
+    residual("middle_block_0", "mid_block.resnets.0")
+    residual("middle_block_1", "mid_block.resnets.1")
+    attention("middle_attention", "mid_block.attentions.0")
+    for level in range(last + 1):
+        down, up = f"down_blocks.{level}", f"up_blocks.{last - level}"
+        for i in range(net.blocks + 1):
+            residual(f"down_{level}_block_{i}", f"{down}.resnets.{i}")
+            residual(f"up_{level}_block_{i}", f"{up}.resnets.{i}")
+            attention(f"down_{level}_attention_{i}", f"{down}.attentions.{i}")
+            one = 0 if not net.variant.attend_each else i
+            attention(f"up_{level}_attention_{i}", f"{up}.attentions.{one}")
+        if level > 0:
+            names[f"out_{level}_norm"] = f"{up}.skip_norm"
+            names[f"out_{level}_conv"] = f"{up}.skip_conv"
+        # Theirs halve at the end of a level, ours at the beginning of the next.
+        below = f"down_{level + 1}"
+        if net.variant.strided:
+            names[below] = f"{down}.downsamplers.0.conv"
+            names[f"up_{level}"] = f"{up}.upsamplers.0.conv"
+        else:
+            skips = net.variant.image_out
+            residual(below, f"{down}.{'resnet_down' if skips else 'downsamplers.0'}")
+            residual(f"up_{level}", f"{up}.{'resnet_up' if skips else 'upsamplers.0'}")
+        names[f"{below}_image"] = f"{down}.skip_conv"
+    return names
+
+
+def _to_ours(config: Config, params: Params) -> Params:
+    """What differs beyond names: the order of sines and cosines, and the null label."""
+    return _order(config, params, lambda table: jnp.pad(table, ((0, 1), (0, 0))))
+
+
+def _to_theirs(config: Config, params: Params) -> Params:
+    return _order(config, params, lambda table: table[:-1])
+
+
+def _order(config: Config, params: Params, table: Any) -> Params:
+    condition = dict(params["params"]["condition"])
+    if config.get("flip_sin_to_cos", True) and config.get("time_embedding_type") != "fourier":
+        dense = condition["Dense_0"]
+        kernel = jnp.roll(dense["kernel"], len(dense["kernel"]) // 2, axis=0)
+        condition["Dense_0"] = {**dense, "kernel": kernel}
+    if "Embed_0" in condition:
+        condition["Embed_0"] = {"embedding": table(condition["Embed_0"]["embedding"])}
+    return {"params": {**params["params"], "condition": condition}}
+
+
+def _shapes(config: Config, net: unet.UNet) -> Params:
+    """Of our parameters, with as many classes as theirs."""
+    side = config["sample_size"]
+    x = jnp.zeros((1, side, side, config["in_channels"]))
+    return shapes_of(net, x, jnp.zeros(1))
+
+
+# The process
+
+
+def _betas(config: Config) -> np.ndarray:
+    """β_1, …, β_T of a scheduler_config.json."""
+    if (betas := config.get("trained_betas")) is not None:
+        return np.asarray(betas, np.float64)
+    count = config.get("num_train_timesteps", 1000)
+    ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    kind = _one(config, "beta_schedule", "linear", "scaled_linear", "squaredcos_cap_v2")
+    if kind == "linear":
+        return np.linspace(*ends, count)
+    if kind == "scaled_linear":
+        return np.linspace(ends[0] ** 0.5, ends[1] ** 0.5, count) ** 2
+    edges = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - edges[1:] / edges[:-1], 0.999)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"path must be a folder of diffusers, but there is no {path}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is truncated or is no json: {error}.") from error
+
+
+def from_diffusers(path: str | Path) -> Pretrained:
+    """A pipeline of diffusers with a `UNet2DModel`, such as google/ddpm-cifar10-32.
+
+    Args:
+        path: its folder, with `unet/` and `scheduler/`.
+
+    Returns:
+        The denoiser, in float32, with grid t = k/T.
+
+    Raises:
+        ValueError: names the file that is missing or truncated, the setting that no network here
+            has, or the tensors that are missing, unknown or of another shape.
+        ImportError: without the extra `interop`.
+    """
+    folder = Path(path)
+    config = _read(folder / "unet" / "config.json")
+    scheduler = _read(folder / "scheduler" / "scheduler_config.json")
+    _one(config, "_class_name", "UNet2DModel")
+    net = _network(config)
+    source = folder / "unet" / WEIGHTS
+    tensors = {_renamed(name): array for name, array in read_safetensors(source).items()}
+    shapes = _shapes(config, net)
+    params = from_torch(tensors, _to_shapes(config, shapes), _names(net, shapes), str(source))
+    betas = _betas(scheduler)
+    kinds = {
+        "epsilon": parameterizations.epsilon,
+        "sample": parameterizations.x0,
+        "v_prediction": parameterizations.v,
+    }
+    kind = kinds[_one(scheduler, "prediction_type", *kinds)]
+    side = config["sample_size"]
+    return Pretrained(
+        _to_ours(config, params),
+        Gaussian(schedules.from_betas(betas)),
+        net.apply,
+        kind(noise_level=Steps(len(betas))),
+        grid=grids.uniform(len(betas)),
+        shape=(side, side, config["in_channels"]),
+        net=net,
+    )
+
+
+def _renamed(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _to_shapes(config: Config, shapes: Params) -> Params:
+    return jax.eval_shape(lambda params: _to_theirs(config, params), shapes)
+
+
+def to_diffusers(params: Params, config: Config, path: str | Path) -> None:
+    """Writes parameters as the `unet/` of a pipeline: the inverse of `from_diffusers`.
+
+    Args:
+        params: of the network that `config` describes.
+        config: of a UNet2DModel, as its config.json has it.
+        path: the pipeline's folder.
+
+    Raises:
+        ValueError: names the setting that no network here has.
+        ImportError: without the extra `interop`.
+    """
+    from safetensors.numpy import save_file
+
+    net = _network(config)
+    tensors = to_torch(_to_theirs(config, params), _names(net, _shapes(config, net)))
+    folder = Path(path) / "unet"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2))

@@ -1,0 +1,298 @@
+"""Weights of diffusers: the same outputs and gradients, the same samples, the same files again."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+diffusers = pytest.importorskip("diffusers", reason="needs the test extra")
+torch = pytest.importorskip("torch", reason="needs the test extra")
+safetensors = pytest.importorskip("safetensors.numpy", reason="needs the test extra")
+
+import jaxdiff as jd
+from jaxdiff.interop import Pretrained, from_diffusers, to_diffusers
+from jaxdiff.networks.unet import UNet
+
+SMALL = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64),
+    "norm_num_groups": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+# Of google/ddpm-cifar10-32 but for its size; the defaults of the class; ADM; NCSN++.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "DDPM": SMALL
+    | {
+        "attention_head_dim": None,
+        "norm_eps": 1e-6,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "downsample_padding": 0,
+    },
+    "default": SMALL,
+    "ADM": SMALL
+    | {
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "attention_head_dim": 16,
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 8,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "num_class_embeds": 5,
+    },
+    "NCSN++": SMALL
+    | {
+        "block_out_channels": (128, 128),
+        "norm_num_groups": None,
+        "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        "attention_head_dim": None,
+        "norm_eps": 1e-6,
+        "time_embedding_type": "fourier",
+        "mid_block_scale_factor": 2**0.5,
+    },
+}
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+LABELS = np.array([1, 4])
+STEPS = np.array([3.0, 700.0], np.float32)
+RNG = np.random.default_rng(0)
+X, PROBE = RNG.normal(size=(2, 2, 16, 16, 3)).astype(np.float32)
+
+
+class Rival(NamedTuple):
+    """A model of diffusers with random weights, saved, and loaded here."""
+
+    model: Any
+    folder: Path
+    ours: Pretrained
+
+    def theirs(self, x):
+        """Its output and the gradient of a projection of it, in our layout."""
+        x = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
+        classes = self.model.config.num_class_embeds
+        label = {} if classes is None else {"class_labels": torch.tensor(LABELS)}
+        out = self.model(x, torch.tensor(STEPS), **label).sample
+        (out * torch.tensor(PROBE.transpose(0, 3, 1, 2))).sum().backward()
+        return tuple(a.detach().numpy().transpose(0, 2, 3, 1) for a in (out, x.grad))
+
+    def found(self, x, net: UNet | None = None, params=None):
+        """The same of ours, or of a changed network or changed parameters."""
+        net = self.ours.net if net is None else net
+        params = self.ours.params if params is None else params
+        fourier = self.model.config.time_embedding_type == "fourier"
+        level, scale = (jnp.log(STEPS), STEPS) if fourier else (jnp.asarray(STEPS), np.ones(2))
+        label = () if net.num_classes is None else (jnp.asarray(LABELS),)
+
+        @jax.jit
+        def both(params, x):
+            def run(x):
+                out = net.apply(params, x, level, *label) / scale[:, None, None, None]
+                return jnp.sum(PROBE * out), out
+
+            return jax.grad(run, has_aux=True)(x)
+
+        slope, out = both(params, jnp.asarray(x))
+        return out, slope
+
+
+@pytest.fixture(scope="module")
+def rivals(tmp_path_factory):
+    """Each config's model, made once; weights small enough that the ε of a norm is seen."""
+    cache = {}
+
+    def rival(name):
+        if name not in cache:
+            torch.manual_seed(0)
+            model = diffusers.UNet2DModel(**CONFIGS[name]).eval()
+            with torch.no_grad():
+                for tensor in model.parameters():
+                    if tensor.ndim == 1 and tensor.requires_grad:
+                        tensor.add_(0.05 * torch.randn_like(tensor))
+                model.conv_in.weight.mul_(0.05)
+                model.conv_in.bias.mul_(0.05)
+            folder = tmp_path_factory.mktemp("pipeline")
+            diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(folder)
+            cache[name] = Rival(model, folder, from_diffusers(folder))
+        return cache[name]
+
+    return rival
+
+
+def error(found, expected):
+    return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_and_gradients_are_the_same(name, rivals):
+    """Relative to the greatest: outputs to 1e-5, gradients to 1e-4."""
+    rival = rivals(name)
+    (out, slope), (expected, expected_slope) = rival.found(X), rival.theirs(X)
+    assert error(out, expected) < 1e-5
+    assert error(slope, expected_slope) < 1e-4
+
+
+def transposed(params):
+    return jax.tree.map(lambda a: a.swapaxes(0, 1) if a.ndim == 4 else a, params)
+
+
+def swapped(params):
+    halves = lambda a: jnp.roll(a, a.shape[-1] // 2, axis=-1)
+    of = lambda path, a: halves(a) if any("inject" in str(key) for key in path) else a
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant"),
+    [
+        ("DDPM", "transposed kernel"),
+        ("ADM", "swapped scale and shift"),
+        ("DDPM", "epsilon"),
+        ("default", "epsilon"),
+        ("NCSN++", "no square root"),
+        ("NCSN++", "no filter"),
+    ],
+)
+def test_parity_catches_the_mutants(name, mutant, rivals):
+    rival, net, params = rivals(name), None, None
+    variant = rival.ours.net.variant
+    if mutant == "transposed kernel":
+        params = transposed(rival.ours.params)
+    if mutant == "swapped scale and shift":
+        params = swapped(rival.ours.params)
+    if mutant == "epsilon":
+        other = 1e-5 if variant.epsilon == 1e-6 else 1e-6
+        net = rival.ours.net.clone(variant=variant._replace(epsilon=other))
+    if mutant == "no square root":
+        net = rival.ours.net.clone(variant=variant._replace(rescale=False))
+    if mutant == "no filter":
+        net = rival.ours.net.clone(variant=variant._replace(smooth=False))
+    assert error(rival.found(X, net, params)[0], rival.theirs(X)[0]) > 5e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_weights_are_the_same_file(name, rivals, tmp_path):
+    rival = rivals(name)
+    config = json.loads((rival.folder / "unet" / "config.json").read_text())
+    to_diffusers(rival.ours.params, config, tmp_path)
+    before, after = (safetensors.load_file(f / WEIGHTS) for f in (rival.folder, tmp_path))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(after[key], tensor, err_msg=key)
+    assert json.loads((tmp_path / "unet" / "config.json").read_text()) == config
+
+
+def test_samples_are_those_of_their_pipeline(rivals):
+    """DDIM in 20 steps from the same noise, within 1e-3."""
+    rival = rivals("DDPM")
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(20)
+    x = torch.tensor(X.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        for step in scheduler.timesteps:
+            x = scheduler.step(rival.model(x, step).sample, step, x).prev_sample
+    expected = x.numpy().transpose(0, 2, 3, 1)
+    times = np.append((scheduler.timesteps.numpy() + 1.0) / 1000, 1 / 1000)
+    found = jd.sample(
+        jd.DDIM(rival.ours.process),
+        rival.ours,
+        jnp.asarray(times),
+        jax.random.key(0),
+        jnp.asarray(X),
+    )
+    assert error(found, expected) < 1e-3
+
+
+def test_everything_here_accepts_it(rivals):
+    """The likelihood in bits, a sampler on its own grid, a step of training."""
+    ours = rivals("DDPM").ours
+    assert ours.shape == (16, 16, 3)
+    np.testing.assert_allclose(ours.grid[:2], [1.0, 0.999], rtol=1e-6)
+    found = jd.log_likelihood(ours.process, ours, jnp.asarray(X), key=jax.random.key(0), probes=1)
+    assert found.converged.all()
+    loss, _ = jd.denoising(ours.apply, ours.process, ours.parameterization)(
+        ours.params, jax.random.key(0), {"x": jnp.asarray(X)}
+    )
+    assert loss.shape == (2,)
+
+
+# Mistakes
+
+
+@pytest.fixture
+def folder(rivals, tmp_path):
+    """A copy of a pipeline, to be damaged."""
+    shutil.copytree(rivals("DDPM").folder, tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def rewrite(folder, change):
+    path = folder / WEIGHTS
+    safetensors.save_file(change(safetensors.load_file(path)), path)
+
+
+def configure(folder, **options):
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != "conv_in.bias"}, "lacks.*conv_in.bias"),
+        (lambda t: t | {"extra.weight": np.zeros(3)}, "belong nowhere: extra.weight"),
+        (
+            lambda t: t | {"conv_in.weight": np.zeros((32, 3, 1, 3), np.float32)},
+            r"conv_in.weight is \(32, 3, 1, 3\), should be \(32, 3, 3, 3\)",
+        ),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+def test_tensors_that_do_not_fit_are_named(change, message, folder):
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=message):
+        from_diffusers(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"act_fn": "gelu"}, "act_fn must be 'silu' or 'swish' here, got 'gelu'"),
+        ({"_class_name": "UNet2DConditionModel"}, "_class_name must be 'UNet2DModel'"),
+        ({"down_block_types": ("KDownBlock2D", "DownBlock2D")}, "block types must be.*KBlock2D"),
+        ({"up_block_types": ("UpBlock2D", "AttnUpBlock2D")}, "up_block_types must mirror"),
+        ({"block_out_channels": (32, 48)}, "block_out_channels must be multiples"),
+        ({"mid_block_scale_factor": 2.0}, "mid_block_scale_factor must be 1.0000"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups must be 8"),
+    ],
+)
+def test_settings_that_no_network_has_are_named(options, message, folder):
+    configure(folder, **options)
+    with pytest.raises(ValueError, match=message):
+        from_diffusers(folder)
+
+
+def test_damaged_files_are_named(folder):
+    weights, config = folder / WEIGHTS, folder / "unet" / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model.safetensors is truncated"):
+        from_diffusers(folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"there is no .*model.safetensors"):
+        from_diffusers(folder)
+    config.write_text(config.read_text()[:50])
+    with pytest.raises(ValueError, match=r"config.json is truncated"):
+        from_diffusers(folder)
+    with pytest.raises(ValueError, match=r"path must be a folder of diffusers"):
+        from_diffusers(folder / "nowhere")
