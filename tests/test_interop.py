@@ -63,6 +63,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mid_block_scale_factor": 2**0.5,
     },
 }
+DIT = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 6,
+    "patch_size": 2,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_embeds_ada_norm": 5,
+}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LABELS = np.array([1, 4])
 STEPS = np.array([3.0, 700.0], np.float32)
@@ -216,6 +226,7 @@ def test_samples_are_those_of_their_pipeline(rivals):
 def test_everything_here_accepts_it(rivals):
     """The likelihood in bits, a sampler on its own grid, a step of training."""
     ours = rivals("DDPM").ours
+    assert jd.interop.from_diffusers is from_diffusers
     assert ours.shape == (16, 16, 3)
     np.testing.assert_allclose(ours.grid[:2], [1.0, 0.999], rtol=1e-6)
     found = jd.log_likelihood(ours.process, ours, jnp.asarray(X), key=jax.random.key(0), probes=1)
@@ -224,6 +235,64 @@ def test_everything_here_accepts_it(rivals):
         ours.params, jax.random.key(0), {"x": jnp.asarray(X)}
     )
     assert loss.shape == (2,)
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    """A DiT of diffusers whose blocks share their embeddings, as its pretrained ones do."""
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(**DIT).eval()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(0.1 * torch.randn_like(tensor))
+        first = model.transformer_blocks[0].norm1.emb.state_dict()
+        for block in model.transformer_blocks:
+            block.norm1.emb.load_state_dict(first)
+    folder = tmp_path_factory.mktemp("dit")
+    model.save_pretrained(folder / "transformer")
+    diffusers.DDIMScheduler().save_pretrained(folder / "scheduler")
+    return model, folder, from_diffusers(folder)
+
+
+def test_a_transformer_has_the_same_outputs_and_gradients(dit):
+    model, _, ours = dit
+    x = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    probe = np.random.default_rng(2).normal(size=(2, 8, 8, 6)).astype(np.float32)
+    theirs = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
+    out = model(theirs, torch.tensor(STEPS), class_labels=torch.tensor(LABELS)).sample
+    (out * torch.tensor(probe.transpose(0, 3, 1, 2))).sum().backward()
+
+    def run(x):
+        found = ours.net.apply(ours.params, x, jnp.asarray(STEPS), jnp.asarray(LABELS))
+        return jnp.sum(probe * found), found
+
+    slope, found = jax.jit(jax.grad(run, has_aux=True))(jnp.asarray(x))
+    assert error(found, out.detach().numpy().transpose(0, 2, 3, 1)) < 1e-5
+    assert error(slope, theirs.grad.numpy().transpose(0, 2, 3, 1)) < 1e-4
+    # Twice the channels are the mean and the variance.
+    assert ours(jnp.asarray(x), jnp.float32(0.5)).var.shape == x.shape
+
+
+def test_a_transformers_saved_weights_are_the_same_file(dit, tmp_path):
+    _, folder, ours = dit
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    to_diffusers(ours.params, config, tmp_path)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    before, after = (safetensors.load_file(f / name) for f in (folder, tmp_path))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(after[key], tensor, err_msg=key)
+
+
+def test_a_transformer_of_many_embeddings_is_refused(dit, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(dit[1], copy)
+    path = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.load_file(path)
+    tensors["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"] += 1.0
+    safetensors.save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"alike in every block: transformer_blocks.1.norm1"):
+        from_diffusers(copy)
 
 
 # Mistakes

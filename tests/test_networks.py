@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from jaxdiff.networks import MLP, GaussianFourier, Sinusoidal, SmoothFeatures, UNet
+import jaxdiff as jd
+from jaxdiff.networks import MLP, GaussianFourier, Sinusoidal, SmoothFeatures, UNet, from_nnx
 
 KEY = jax.random.key(0)
 BATCH = 3
@@ -264,3 +266,63 @@ def test_mlp_sees_waves_by_their_angles_alone():
 def test_mlp_refuses_an_odd_depth(depth):
     with pytest.raises(ValueError, match=f"depth must be even.*{depth}"):
         MLP(depth=depth).init(KEY, vectors(), LEVELS)
+
+
+# Modules of NNX
+
+
+class Perceptron(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(3, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)])
+        self.drops = nnx.List([nnx.Dropout(0.5, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x, noise_level, label=None):
+        h = jnp.concatenate([x, noise_level[:, None]], axis=1)
+        h = self.drops[0](jnp.tanh(self.layers[0](h)))
+        h = h if label is None else h + label[:, None]
+        return self.layers[1](self.drops[1](h))
+
+
+@pytest.fixture
+def perceptron():
+    module = Perceptron(nnx.Rngs(0))
+    return module, *from_nnx(module)
+
+
+def test_a_module_of_nnx_is_a_pure_function(perceptron):
+    module, apply, params = perceptron
+    x, label = vectors(), jnp.array([0.0, 1.0, 2.0])
+    run = jax.jit(apply)
+    module.eval()
+    np.testing.assert_allclose(run(params, x, LEVELS), module(x, LEVELS), rtol=1e-5)
+    expected = module(x, LEVELS, label)
+    np.testing.assert_allclose(run(params, x, LEVELS, label=label), expected, rtol=1e-5)
+    kept = jax.tree.map(jnp.copy, params)
+    run(jax.tree.map(lambda a: 2 * a, params), x, LEVELS)
+    assert run._cache_size() == 2  # with a label and without
+    jax.tree.map(np.testing.assert_array_equal, params, kept)
+    slope = jax.grad(lambda p: apply(p, x, LEVELS).sum())(params)
+    np.testing.assert_allclose(slope["layers"][1]["bias"], BATCH, rtol=1e-6)
+
+
+def test_dropout_of_nnx_acts_only_by_its_key(perceptron):
+    _, apply, params = perceptron
+    x = vectors()
+    drop = jax.jit(lambda key: apply(params, x, LEVELS, rngs={"dropout": key}))
+    quiet = apply(params, x, LEVELS)
+    np.testing.assert_array_equal(drop(KEY), drop(KEY))
+    assert jnp.any(drop(KEY) != drop(jax.random.key(1)))
+    assert jnp.any(drop(KEY) != quiet)
+
+
+def test_a_module_of_nnx_trains_by_denoising(perceptron):
+    _, apply, params = perceptron
+    process = jd.Gaussian(jd.linear_beta())
+    objective = jd.denoising(apply, process, jd.epsilon(), dropout=True)
+    loss, slope = jax.value_and_grad(
+        lambda p: objective(p, KEY, {"x": jnp.zeros((16, 2))})[0].mean()
+    )(params)
+    assert jnp.isfinite(loss)
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(slope))
+    denoise = jd.NetDenoiser(params, process, apply, jd.epsilon())
+    assert denoise(vectors(), jnp.float32(0.5)).mean.shape == (BATCH, 2)

@@ -19,7 +19,14 @@ from jaxdiff import struct
 from jaxdiff.parameterizations import NetDenoiser
 from jaxdiff.typing import Array, Params
 
-__all__ = ["Pretrained", "from_torch", "read_safetensors", "shapes_of", "to_torch"]
+__all__ = [
+    "Pretrained",
+    "from_torch",
+    "read_safetensors",
+    "shapes_of",
+    "to_torch",
+    "write_safetensors",
+]
 
 Tensors = Mapping[str, np.ndarray]
 Names = Mapping[str, str]
@@ -61,6 +68,21 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or is no safetensors file: {error}.") from error
+
+
+def write_safetensors(tensors: Tensors, path: Path) -> None:
+    """Writes tensors as one file, whole or not at all.
+
+    Raises:
+        ImportError: without the extra `interop`.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise ImportError("safetensors is missing: pip install 'jaxdiff[interop]'") from error
+    begun = path.with_suffix(".begun")
+    save_file(dict(tensors), begun)
+    begun.replace(path)
 
 
 def shapes_of(net: nn.Module, *inputs: Any) -> Params:

@@ -1,13 +1,13 @@
 """Models of the library diffusers: a folder of json and safetensors, and back.
 
-A pipeline's folder has the network in `unet/` (config.json beside
+A pipeline's folder has the network in `unet/` or `transformer/` (config.json beside
 diffusion_pytorch_model.safetensors) and the process in `scheduler/scheduler_config.json`. Its
 step k of T is our time (k + 1)/T.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff import grids, parameterizations, schedules
-from jaxdiff.interop.base import Pretrained, from_torch, read_safetensors, shapes_of, to_torch
+from jaxdiff.interop.base import (
+    Pretrained,
+    from_torch,
+    read_safetensors,
+    shapes_of,
+    to_torch,
+    write_safetensors,
+)
 from jaxdiff.networks import unet
+from jaxdiff.networks.dit import DiT
 from jaxdiff.networks.embeddings import GaussianFourier, Sinusoidal
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.typing import Params, Time
@@ -68,6 +76,15 @@ ATTENTION = {
     "key": "to_k",
     "value": "to_v",
     "out": "to_out.0",
+}
+DIT_BLOCK = {
+    "adapt": "norm1.linear",
+    "query": "attn1.to_q",
+    "key": "attn1.to_k",
+    "value": "attn1.to_v",
+    "out": "attn1.to_out.0",
+    "mlp_in": "ff.net.0.proj",
+    "mlp_out": "ff.net.2",
 }
 
 
@@ -190,7 +207,7 @@ def _network(config: Config) -> unet.UNet:
     )
 
 
-def _names(net: unet.UNet, shapes: Params) -> dict[str, str]:
+def _names(net: unet.UNet) -> dict[str, str]:
     """Where each module of ours is found in their state."""
     last = len(net.multipliers) - 1
     names = {
@@ -239,31 +256,131 @@ def _names(net: unet.UNet, shapes: Params) -> dict[str, str]:
     return names
 
 
-def _to_ours(config: Config, params: Params) -> Params:
-    """What differs beyond names: the order of sines and cosines, and the null label."""
-    return _order(config, params, lambda table: jnp.pad(table, ((0, 1), (0, 0))))
+class Layout(NamedTuple):
+    """How one of their classes is written as one of ours.
+
+    Attributes:
+        net: the network.
+        names: where each module is found, once `to_theirs` has been applied.
+        to_theirs: from our parameters to a tree that differs from their state by names alone.
+        to_ours: its inverse.
+    """
+
+    net: unet.UNet | DiT
+    names: Mapping[str, str]
+    to_theirs: Callable[[Params], Params]
+    to_ours: Callable[[Params], Params]
 
 
-def _to_theirs(config: Config, params: Params) -> Params:
-    return _order(config, params, lambda table: table[:-1])
+def _swap(dense: Params) -> Params:
+    """Sines and cosines the other way round, of the layer that reads them."""
+    return {**dense, "kernel": jnp.roll(dense["kernel"], len(dense["kernel"]) // 2, axis=0)}
 
 
-def _order(config: Config, params: Params, table: Any) -> Params:
-    condition = dict(params["params"]["condition"])
-    if config.get("flip_sin_to_cos", True) and config.get("time_embedding_type") != "fourier":
-        dense = condition["Dense_0"]
-        kernel = jnp.roll(dense["kernel"], len(dense["kernel"]) // 2, axis=0)
-        condition["Dense_0"] = {**dense, "kernel": kernel}
-    if "Embed_0" in condition:
-        condition["Embed_0"] = {"embedding": table(condition["Embed_0"]["embedding"])}
-    return {"params": {**params["params"], "condition": condition}}
+def _unet_layout(config: Config) -> Layout:
+    net = _network(config)
+    fourier = config.get("time_embedding_type") == "fourier"
+    swapped = config.get("flip_sin_to_cos", True) and not fourier
+
+    def conditioned(params: Params, table: Callable[[Any], Any]) -> Params:
+        condition = dict(params["params"]["condition"])
+        if swapped:
+            condition["Dense_0"] = _swap(condition["Dense_0"])
+        if "Embed_0" in condition:
+            condition["Embed_0"] = {"embedding": table(condition["Embed_0"]["embedding"])}
+        return {"params": {**params["params"], "condition": condition}}
+
+    return Layout(
+        net,
+        _names(net),
+        lambda params: conditioned(params, lambda table: table[:-1]),
+        # They have no null label: of no class, nothing is added.
+        lambda params: conditioned(params, lambda table: jnp.pad(table, ((0, 1), (0, 0)))),
+    )
 
 
-def _shapes(config: Config, net: unet.UNet) -> Params:
-    """Of our parameters, with as many classes as theirs."""
+def _dit_layout(config: Config) -> Layout:
+    _one(config, "activation_fn", "gelu-approximate")
+    _one(config, "norm_type", "ada_norm_zero")
+    _one(config, "norm_elementwise_affine", False)
+    _one(config, "attention_bias", True)
+    heads, depth = config.get("num_attention_heads", 16), config.get("num_layers", 28)
+    net = DiT(
+        patch=config.get("patch_size", 2),
+        width=heads * config.get("attention_head_dim", 72),
+        depth=depth,
+        heads=heads,
+        dropout=config.get("dropout", 0.0),
+        embedding=Sinusoidal(256),
+        num_classes=config.get("num_embeds_ada_norm", 1000),
+        out_channels=config.get("out_channels"),
+        epsilon=config.get("norm_eps", 1e-5),
+    )
+    embedded = "transformer_blocks.0.norm1.emb"
+    names = {
+        "condition/Dense_0": f"{embedded}.timestep_embedder.linear_1",
+        "condition/Dense_1": f"{embedded}.timestep_embedder.linear_2",
+        "condition/Embed_0": f"{embedded}.class_embedder.embedding_table",
+        "patches": "pos_embed.proj",
+        "adapt": "proj_out_1",
+        "out": "proj_out_2",
+    }
+    for i in range(depth):
+        names |= {f"block_{i}/{a}": f"transformer_blocks.{i}.{b}" for a, b in DIT_BLOCK.items()}
+
+    def patches(ours: Params, *shape: int) -> Params:
+        patches = ours["patches"]
+        condition = ours["condition"]
+        return {
+            **ours,
+            "patches": {**patches, "kernel": patches["kernel"].reshape(*shape, net.width)},
+            "condition": {**condition, "Dense_0": _swap(condition["Dense_0"])},
+        }
+
+    def to_theirs(params: Params) -> Params:
+        theirs = patches(params["params"], net.patch, net.patch, -1)
+        blocks = theirs.pop("blocks")
+        for i in range(depth):
+            theirs[f"block_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
+        return {"params": theirs}
+
+    def to_ours(params: Params) -> Params:
+        ours = patches(params["params"], -1)
+        blocks = [ours.pop(f"block_{i}") for i in range(depth)]
+        ours["blocks"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        return {"params": ours}
+
+    return Layout(net, names, to_theirs, to_ours)
+
+
+LAYOUTS = {
+    "UNet2DModel": ("unet", _unet_layout),
+    "DiTTransformer2DModel": ("transformer", _dit_layout),
+}
+
+
+def _shapes(config: Config, layout: Layout) -> Params:
+    """Of a tree that differs from their state by names alone."""
     side = config["sample_size"]
     x = jnp.zeros((1, side, side, config["in_channels"]))
-    return shapes_of(net, x, jnp.zeros(1))
+    return jax.eval_shape(layout.to_theirs, shapes_of(layout.net, x, jnp.zeros(1)))
+
+
+def _once(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """A DiT's embeddings of step and class, which they keep in every block, from the first alone.
+
+    Raises:
+        ValueError: if they are not the same in every block.
+    """
+    kept = {}
+    for name, array in tensors.items():
+        inside = name.partition(".norm1.emb.")[2]
+        first = f"transformer_blocks.0.norm1.emb.{inside}"
+        if not inside or name == first or first not in tensors:
+            kept[name] = array
+        elif not np.array_equal(array, tensors[first]):
+            raise ValueError(f"{source} must embed step and class alike in every block: {name}.")
+    return kept
 
 
 # The process
@@ -294,10 +411,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def from_diffusers(path: str | Path) -> Pretrained:
-    """A pipeline of diffusers with a `UNet2DModel`, such as google/ddpm-cifar10-32.
+    """A pipeline of diffusers with a `UNet2DModel`, such as google/ddpm-cifar10-32, or a DiT.
 
     Args:
-        path: its folder, with `unet/` and `scheduler/`.
+        path: its folder, with `unet/` or `transformer/`, and `scheduler/`. An autoencoder beside
+            them is not read: what is returned is a denoiser of latents then.
 
     Returns:
         The denoiser, in float32, with grid t = k/T.
@@ -308,30 +426,36 @@ def from_diffusers(path: str | Path) -> Pretrained:
         ImportError: without the extra `interop`.
     """
     folder = Path(path)
-    config = _read(folder / "unet" / "config.json")
+    kinds = [folder / name for name, _ in LAYOUTS.values() if (folder / name).is_dir()]
+    model = kinds[0] if kinds else folder / "unet"
+    config = _read(model / "config.json")
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
-    _one(config, "_class_name", "UNet2DModel")
-    net = _network(config)
-    source = folder / "unet" / WEIGHTS
+    _, make = LAYOUTS[_one(config, "_class_name", *LAYOUTS)]
+    layout = make(config)
+    source = model / WEIGHTS
     tensors = {_renamed(name): array for name, array in read_safetensors(source).items()}
-    shapes = _shapes(config, net)
-    params = from_torch(tensors, _to_shapes(config, shapes), _names(net, shapes), str(source))
+    tensors = _once(tensors, str(source))
+    params = from_torch(tensors, _shapes(config, layout), layout.names, str(source))
     betas = _betas(scheduler)
-    kinds = {
+    predictions = {
         "epsilon": parameterizations.epsilon,
         "sample": parameterizations.x0,
         "v_prediction": parameterizations.v,
     }
-    kind = kinds[_one(scheduler, "prediction_type", *kinds)]
-    side = config["sample_size"]
+    parameterization = predictions[_one(scheduler, "prediction_type", *predictions)](
+        noise_level=Steps(len(betas))
+    )
+    side, channels = config["sample_size"], config["in_channels"]
+    if layout.net.out_channels == 2 * channels:
+        parameterization = parameterizations.learned_variance(parameterization, steps=len(betas))
     return Pretrained(
-        _to_ours(config, params),
+        layout.to_ours(params),
         Gaussian(schedules.from_betas(betas)),
-        net.apply,
-        kind(noise_level=Steps(len(betas))),
+        layout.net.apply,
+        parameterization,
         grid=grids.uniform(len(betas)),
-        shape=(side, side, config["in_channels"]),
-        net=net,
+        shape=(side, side, channels),
+        net=layout.net,
     )
 
 
@@ -341,27 +465,28 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _to_shapes(config: Config, shapes: Params) -> Params:
-    return jax.eval_shape(lambda params: _to_theirs(config, params), shapes)
-
-
 def to_diffusers(params: Params, config: Config, path: str | Path) -> None:
-    """Writes parameters as the `unet/` of a pipeline: the inverse of `from_diffusers`.
+    """Writes parameters as the network of a pipeline: the inverse of `from_diffusers`.
 
     Args:
         params: of the network that `config` describes.
-        config: of a UNet2DModel, as its config.json has it.
+        config: of a UNet2DModel or DiTTransformer2DModel, as its config.json has it.
         path: the pipeline's folder.
 
     Raises:
         ValueError: names the setting that no network here has.
         ImportError: without the extra `interop`.
     """
-    from safetensors.numpy import save_file
-
-    net = _network(config)
-    tensors = to_torch(_to_theirs(config, params), _names(net, _shapes(config, net)))
-    folder = Path(path) / "unet"
+    name, make = LAYOUTS[_one(config, "_class_name", *LAYOUTS)]
+    layout = make(config)
+    tensors = to_torch(layout.to_theirs(params), layout.names)
+    for block in range(1, config.get("num_layers", 0)):
+        tensors |= {
+            key.replace("blocks.0.", f"blocks.{block}.", 1): tensor
+            for key, tensor in tensors.items()
+            if key.startswith("transformer_blocks.0.norm1.emb.")
+        }
+    folder = Path(path) / name
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS)
+    write_safetensors(tensors, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2))

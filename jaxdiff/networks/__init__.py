@@ -14,6 +14,7 @@ from jaxdiff.networks.embeddings import SmoothFeatures as SmoothFeatures
 from jaxdiff.networks.energy import Conservative as Conservative
 from jaxdiff.networks.energy import log_density as log_density
 from jaxdiff.networks.mlp import MLP as MLP
+from jaxdiff.networks.nnx import from_nnx as from_nnx
 from jaxdiff.networks.transformer import Transformer as Transformer
 from jaxdiff.networks.unet import UNet as UNet
 
@@ -27,5 +28,6 @@ __all__ = [
     "SmoothFeatures",
     "Transformer",
     "UNet",
+    "from_nnx",
     "log_density",
 ]
