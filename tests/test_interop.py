@@ -18,6 +18,7 @@ safetensors = pytest.importorskip("safetensors.numpy", reason="needs the test ex
 import jaxdiff as jd
 from jaxdiff.interop import Pretrained, from_diffusers, to_diffusers
 from jaxdiff.networks.unet import UNet
+from jaxdiff.solve import adaptive
 
 SMALL = {
     "sample_size": 16,
@@ -229,7 +230,14 @@ def test_everything_here_accepts_it(rivals):
     assert jd.interop.from_diffusers is from_diffusers
     assert ours.shape == (16, 16, 3)
     np.testing.assert_allclose(ours.grid[:2], [1.0, 0.999], rtol=1e-6)
-    found = jd.log_likelihood(ours.process, ours, jnp.asarray(X), key=jax.random.key(0), probes=1)
+    found = jd.log_likelihood(
+        ours.process,
+        ours,
+        jnp.asarray(X),
+        key=jax.random.key(0),
+        probes=1,
+        controller=adaptive(1e-2),
+    )
     assert found.converged.all()
     loss, _ = jd.denoising(ours.apply, ours.process, ours.parameterization)(
         ours.params, jax.random.key(0), {"x": jnp.asarray(X)}
