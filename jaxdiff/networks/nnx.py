@@ -40,7 +40,8 @@ def from_nnx(module: nnx.Module) -> tuple[Callable[..., Any], Params]:
         else:
             model.train()
             # Modules whose random streams were not told apart have one called "default".
-            nnx.reseed(model, **{"default": jax.random.fold_in(rngs["dropout"], 1), **rngs})
+            keys: dict[str, Any] = {"default": jax.random.fold_in(rngs["dropout"], 1), **rngs}
+            nnx.reseed(model, **keys)
         return model(*inputs, **condition)
 
     return apply, nnx.to_pure_dict(state)
