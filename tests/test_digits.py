@@ -20,7 +20,6 @@ from jaxdiff.training import init_state, make_train_step, warmup_cosine_adam
 VP = jd.Gaussian(jd.linear_beta())
 
 
-@optimised()
 def train(net, steps):
     """Trains on the digits; returns the averaged parameters and the losses."""
     params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
@@ -43,7 +42,8 @@ def train(net, steps):
 def trained():
     """A U-Net after 1500 updates, and its losses."""
     net = networks.UNet(width=16, blocks=1)
-    return net, *train(net, 1500)
+    with optimised():
+        return net, *train(net, 1500)
 
 
 def test_loss_falls_far_below_that_of_a_constant(trained):
