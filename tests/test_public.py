@@ -208,6 +208,9 @@ NOUNS = {
     "DEIS": _step(lambda n: jd.DEIS(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)))),
     "PNDM": _step(lambda n: jd.PNDM(jd.Gaussian(jd.linear_beta(0.1, 10.0 + n)))),
     "NetDenoiser": _denoiser(denoiser),
+    "Pretrained": _denoiser(
+        lambda n: jd.interop.Pretrained({"w": jnp.float32(n)}, VP, apply, jd.epsilon())
+    ),
     "CFG": _denoiser(lambda n: jd.CFG(denoiser(1.0), denoiser(0.5), weight=n)),
     "UnitVariance": Noun(
         lambda n: jd.UnitVariance(VP, denoiser(n)), lambda denoise: sum(denoise(X, T), 0.0)
