@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import optimised
 
 import jaxdiff as jd
 from jaxdiff import networks
@@ -42,8 +41,7 @@ def train(net, steps):
 def trained():
     """A U-Net after 1500 updates, and its losses."""
     net = networks.UNet(width=16, blocks=1)
-    with optimised():
-        return net, *train(net, 1500)
+    return net, *train(net, 1500)
 
 
 def test_loss_falls_far_below_that_of_a_constant(trained):
