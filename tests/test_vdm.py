@@ -391,7 +391,7 @@ def test_fourier_features_are_sines_and_cosines_of_the_input():
     np.testing.assert_array_equal(plain.apply({}, x, method=plain._with_fourier), x)
 
     shapes = [jax.eval_shape(n.init, KEY, x, jnp.zeros(2))["params"] for n in (net, plain)]
-    assert [s["Conv_0"]["kernel"].shape for s in shapes] == [(3, 3, 15, 4), (3, 3, 3, 4)]
+    assert [s["in"]["kernel"].shape for s in shapes] == [(3, 3, 15, 4), (3, 3, 3, 4)]
     assert shapes[0].keys() == shapes[1].keys()
     out = jax.eval_shape(lambda: net.init_with_output(KEY, x, jnp.zeros(2))[0])
     assert out.shape == x.shape
