@@ -61,10 +61,12 @@ def test_rows_are_those_of_the_estimate():
         found = estimate(SHIFT, keys[chunk], X[chunk])
         fresh = slice(16, 22) if chunk.start == 14 else chunk
         skip = fresh.start - chunk.start
-        # Two programs, so equal to the rounding of the value, which its error bars share.
-        scale = 1e-5 * np.abs(found.value[skip:]).max()
-        np.testing.assert_allclose(rows["nll_nats"][fresh], -found.value[skip:], atol=scale)
-        np.testing.assert_allclose(rows["stderr_nats"][fresh], found.stderr[skip:], atol=scale)
+        np.testing.assert_allclose(rows["nll_nats"][fresh], -found.value[skip:], rtol=1e-5)
+        # Two programs: an error bar has the rounding of the value whose spread it is.
+        rounding = 1e-6 * np.abs(found.value[skip:]).max()
+        np.testing.assert_allclose(
+            rows["stderr_nats"][fresh], found.stderr[skip:], rtol=1e-5, atol=rounding
+        )
         error = found.solver_error[skip:]  # differences of nearly equal numbers
         np.testing.assert_allclose(rows["solver_error_nats"][fresh], error, rtol=1e-2)
         np.testing.assert_array_equal(rows["calls"][fresh], found.num_evaluations[skip:])

@@ -349,6 +349,8 @@ def test_tensors_that_do_not_fit_are_named(change, message, folder):
         ({"down_block_types": ("KDownBlock2D", "DownBlock2D")}, "block types must be.*KBlock2D"),
         ({"up_block_types": ("UpBlock2D", "AttnUpBlock2D")}, "up_block_types must mirror"),
         ({"block_out_channels": (32, 48)}, "block_out_channels must be multiples"),
+        ({"downsample_type": "resnet", "upsample_type": "resnet"}, "as downsample_type says"),
+        ({"sample_size": None}, "sample_size must be given"),
         ({"mid_block_scale_factor": 2.0}, "mid_block_scale_factor must be 1.0000"),
         ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups must be 8"),
     ],

@@ -34,6 +34,7 @@ VARIANTS = {
     "ADM": ADM,
     "VDM": VDM,
     "celebahq": NCSNPP._replace(image_in="skip", image_out=True),
+    "residual, unfiltered": DDPMPP._replace(image_in="residual"),
 }
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 

@@ -109,6 +109,11 @@ def _one(config: Config, name: str, *allowed: Any) -> Any:
     return value
 
 
+def _given(config: Config, *names: str) -> None:
+    if missing := [name for name in names if config.get(name) is None]:
+        raise ValueError(f"{', '.join(missing)} must be given in config.json, got nothing.")
+
+
 def _levels(config: Config) -> list[Block]:
     """The kinds of the levels, from the finest, the same down and up."""
     down, up = (
@@ -138,6 +143,7 @@ def _network(config: Config) -> unet.UNet:
     Raises:
         ValueError: names the setting that no network here has.
     """
+    _given(config, "block_out_channels", "down_block_types", "up_block_types", "out_channels")
     channels, levels = config["block_out_channels"], _levels(config)
     width = channels[0]
     if any(n % width for n in channels):
@@ -170,6 +176,12 @@ def _network(config: Config) -> unet.UNet:
     blockwise = skips or _one(config, "downsample_type", "conv", "resnet") == "resnet"
     if not skips:
         _one(config, "upsample_type", "resnet" if blockwise else "conv")
+        # Blocks that attend do as these settings say, the others as their names do.
+        if any(level.blockwise != blockwise for level in levels[:-1] if not level.attends):
+            raise ValueError(
+                f"down_block_types must change sides as downsample_type says, got "
+                f"{config['down_block_types']} and {config['downsample_type']!r} in config.json."
+            )
     padding = (0, 1) if _one(config, "downsample_padding", 1, 0) == 0 else (1, 1)
     variant = unet.Variant(
         rescale=skips,
@@ -430,6 +442,7 @@ def from_diffusers(path: str | Path) -> Pretrained:
     model = kinds[0] if kinds else folder / "unet"
     config = _read(model / "config.json")
     scheduler = _read(folder / "scheduler" / "scheduler_config.json")
+    _given(config, "_class_name", "sample_size", "in_channels")
     _, make = LAYOUTS[_one(config, "_class_name", *LAYOUTS)]
     layout = make(config)
     source = model / WEIGHTS

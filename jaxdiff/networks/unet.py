@@ -333,7 +333,8 @@ class UNet(nn.Module):
                 else:
                     h = block(before, resample=partial(_halve, smooth=v.smooth), name=name)(h, c)
                 if v.image_in == "residual":
-                    image = _filtered(_even(image), padding=2, stride=1) if v.smooth else image
+                    image = _even(image)
+                    image = _filtered(image, padding=2, stride=1) if v.smooth else image
                     padding = "VALID" if v.smooth else (v.padding, v.padding)
                     shown = conv(before, strides=2, padding=padding, name=f"{name}_image")
                     h = image = _add(shown(image), h, v)
