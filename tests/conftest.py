@@ -15,6 +15,9 @@ FLAGS = [
 ]
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # unknown to later versions
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker has a core to itself: threads of one program would only wait for each other.
+    FLAGS.append("--xla_cpu_multi_thread_eigen=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,8 +32,7 @@ from threadpoolctl import threadpool_limits
 
 gc.set_threshold(100_000, 50, 100)  # tracing makes objects by the thousand, and keeps most
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # A worker has a core to itself: threads of BLAS would only wait for each other.
-    threadpool_limits(1, "blas")
+    threadpool_limits(1, "blas")  # for the same reason
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "jaxdiff-xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

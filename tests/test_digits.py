@@ -39,9 +39,9 @@ def train(net, steps):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A U-Net after 1500 updates, and its losses."""
+    """A U-Net after 1000 updates, and its losses."""
     net = networks.UNet(width=16, blocks=1)
-    return net, *train(net, 1500)
+    return net, *train(net, 1000)
 
 
 def test_loss_falls_far_below_that_of_a_constant(trained):
@@ -53,7 +53,7 @@ def test_loss_falls_far_below_that_of_a_constant(trained):
 
 def test_scale_and_shift_learns_as_well():
     """A14: the other way to inject the noise level reaches the same bar."""
-    _, losses = train(networks.UNet(width=16, blocks=1, scale_shift=True), 200)
+    _, losses = train(networks.UNet(width=16, blocks=1, scale_shift=True), 120)
     assert losses[-50:].mean() < 0.25
 
 
@@ -88,11 +88,12 @@ def test_flow_is_straighter_where_the_signal_is_not_scaled(trained):
     assert float(straight.mean()) < 1.01 < 1.05 < float(curvature(states).mean())
 
 
-def test_flow_takes_fewer_steps_in_other_variables(trained):
-    """B24: in other variables and on other clocks the flow ends where it ends, with fewer calls.
+def test_flow_takes_fewer_steps_on_another_clock(trained):
+    """B24: on another clock, or in other variables, the flow ends where it ends.
 
-    The plain equation is diffrax's own solve in t. The library's clock √t and the process
-    α = 1 − u, σ = u are two changes of variables.
+    The plain equation is diffrax's own solve in t. The library's clock √t takes a sixth fewer
+    calls, summed over three tolerances. The process α = 1 − u, σ = u is a change of variables
+    with no such gain: from a tenth fewer calls to a tenth more, by tolerance and noise.
     """
     net, params, _ = trained
     denoise = jd.NetDenoiser(params, VP, net.apply, jd.epsilon())
@@ -102,7 +103,7 @@ def test_flow_takes_fewer_steps_in_other_variables(trained):
     def end(process, denoise, tolerance):
         """From one log-SNR to another: the signal's part of the state, and network calls."""
         start, stop = (time_of_log_snr(process.schedule, jnp.float32(snr)) for snr in (-9.0, 8.0))
-        noise = jax.random.normal(jax.random.key(2), (32, 8, 8, 1))
+        noise = jax.random.normal(jax.random.key(2), (8, 8, 8, 1))
         flow = jd.probability_flow(
             process,
             denoise,
@@ -118,7 +119,7 @@ def test_flow_takes_fewer_steps_in_other_variables(trained):
     def plain(tolerance):
         """The same under the VP, of x and t themselves."""
         start, stop = (time_of_log_snr(VP.schedule, jnp.float32(snr)) for snr in (-9.0, 8.0))
-        noise = jax.random.normal(jax.random.key(2), (32, 8, 8, 1))
+        noise = jax.random.normal(jax.random.key(2), (8, 8, 8, 1))
 
         def backwards(tau, x, args):
             return -jax.vmap(lambda x, x0: VP.velocity(x, x0, -tau))(x, denoise(x, -tau).mean)
@@ -136,10 +137,13 @@ def test_flow_takes_fewer_steps_in_other_variables(trained):
 
     distance = lambda x, y: float(jnp.median(jnp.abs(x - y)))
     exact, _ = end(VP, denoise, 1e-6)
-    reference, calls = jax.jit(plain, static_argnums=0)(1e-4)
+    plain = jax.jit(plain, static_argnums=0)
+    reference, calls = plain(1e-4)
     assert distance(reference, exact) < 1e-4
-    for process, model in ((VP, denoise), (target, rescaled)):
-        other, fewer = end(process, model, 1e-4)
+    on_clock, fewer = end(VP, denoise, 1e-4)
+    for other in (on_clock, end(target, rescaled, 1e-4)[0]):
         assert distance(other, reference) < 1e-4
         assert distance(other, exact) < 1e-4
-        assert fewer < 0.97 * calls, (fewer, calls)
+    for tolerance in (1e-3, 1e-5):
+        calls, fewer = calls + plain(tolerance)[1], fewer + end(VP, denoise, tolerance)[1]
+    assert fewer < 0.9 * calls, (fewer, calls)
