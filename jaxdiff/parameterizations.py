@@ -55,6 +55,7 @@ __all__ = [
     "learned_variance",
     "log_sigma",
     "predict",
+    "quarter_log_sigma",
     "quarter_log_snr",
     "score",
     "v",
@@ -82,6 +83,11 @@ def discrete_time(process: Gaussian, t: Time) -> Time:
 def log_sigma(process: Gaussian, t: Time) -> Time:
     """log(σ/α): for `GaussianFourier` embeddings (Song et al. 2021, appendix C)."""
     return -0.5 * jnp.clip(process.log_snr(t), -20.0, 20.0)
+
+
+def quarter_log_sigma(process: Gaussian, t: Time) -> Time:
+    """log(σ/α)/4: c_noise of EDM (Karras et al. 2022, table 1)."""
+    return 0.25 * log_sigma(process, t)
 
 
 @runtime_checkable

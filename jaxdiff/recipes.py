@@ -23,29 +23,42 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jaxdiff import evaluation, metrics, networks, plotting, trace
+from jaxdiff import evaluation, grids, metrics, networks, plotting, trace
 from jaxdiff.data.batches import Batches, FreshBatches
-from jaxdiff.data.images import Images, dequantize, load_images
+from jaxdiff.data.images import Images, dequantize, load_images, to_model
 from jaxdiff.data.toys import TOYS, Toy
 from jaxdiff.data_likelihood import in_chunks
 from jaxdiff.experiment import Experiment, Likelihood
+from jaxdiff.likelihood import log_likelihood
+from jaxdiff.objectives import vdm
+from jaxdiff.parameterizations import NetDenoiser, Parameterization
+from jaxdiff.processes.gaussian import Gaussian, Rescaled
+from jaxdiff.samplers.ancestral import Ancestral
+from jaxdiff.samplers.base import Step
+from jaxdiff.samplers.base import sample as run_sampler
+from jaxdiff.schedules import learned_gamma
 from jaxdiff.solve import adaptive
-from jaxdiff.training import make_eval_step, warmup_cosine_adam
+from jaxdiff.training import make_eval_step, warmup_adam
 from jaxdiff.typing import Array, Key, Objective, Params
 
 __all__ = [
+    "ClassOptions",
     "ImageOptions",
     "MLPOptions",
+    "ScoreOptions",
     "ToyOptions",
     "TrainingOptions",
     "UNetOptions",
+    "VDMOptions",
     "at_least",
     "image_experiment",
     "one_of",
     "open_images",
     "samplers",
+    "score_experiment",
     "solved",
     "toy_experiment",
+    "vdm_experiment",
 ]
 
 Config = TypeVar("Config", bound="ImageOptions")
@@ -69,11 +82,17 @@ class TrainingOptions:
     batch_size: int = 64
     """Examples in a batch, over all devices."""
     learning_rate: float = 2e-3
-    """Highest rate of Adam; warmed up, then lowered along a cosine."""
+    """Highest rate of Adam, after the warm-up."""
     warmup: int = 200
     """Updates of the warm-up; at most a tenth of all."""
+    cosine: bool = True
+    """Lower the rate along a cosine after the warm-up, else keep it."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    second_moment: float = 0.999
+    """Decay of Adam's average of squared gradients."""
+    weight_decay: float = 0.0
+    """Decay of matrices and kernels, times the rate."""
     ema_decay: float = 0.999
     """Decay of the averaged parameters."""
     seed: int = 0
@@ -85,11 +104,14 @@ class TrainingOptions:
         Raises:
             ValueError: for an option outside its range.
         """
-        optimizer = warmup_cosine_adam(
+        optimizer = warmup_adam(
             self.learning_rate,
             steps=self.steps,
             warmup=min(self.warmup, self.steps // 10),
             clip=self.clip,
+            cosine=self.cosine,
+            second_moment=self.second_moment,
+            weight_decay=self.weight_decay,
         )
         return Experiment(
             config=self,
@@ -115,6 +137,10 @@ class UNetOptions:
     """Sides, in pixels, of the levels with self-attention."""
     dropout: float = 0.1
     """Dropout rate in the residual blocks."""
+    dtype: str = "float32"
+    """Of the network's computation: float32, or bfloat16 on an accelerator that has it."""
+    remat: bool = False
+    """Save memory: compute the inside of the blocks again for the gradient."""
 
     def unet(self, **further: Any) -> networks.UNet:
         """The network, with further attributes of `UNet`.
@@ -123,6 +149,7 @@ class UNetOptions:
             ValueError: for an option outside its range.
         """
         at_least(1, self, "width", "blocks")
+        one_of(self, dtype=("float32", "bfloat16"))
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be positive, got {self.multipliers}.")
         if not 0.0 <= self.dropout < 1.0:
@@ -133,6 +160,8 @@ class UNetOptions:
             blocks=self.blocks,
             attention=self.attention,
             dropout=self.dropout,
+            dtype=jnp.dtype(self.dtype),
+            remat=self.remat,
             **further,
         )
 
@@ -203,11 +232,58 @@ class ImageOptions:
     """Height, width and channels: read off the data set, and kept with the run."""
     levels: tyro.conf.Suppress[int | None] = None
     """Number of grey levels: read off the data set, and kept with the run."""
+    flip: bool = False
+    """Mirror every other training image, left to right, at random."""
     eval_samples: int = 447
     """Samples whose quality is judged; at most as many as there are training images."""
     eval_images: int = 1000
     """Test images whose likelihood is computed, at most; and images of training and test whose
     losses are compared."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How a score model is sampled, and its likelihood computed."""
+
+    sampler_steps: int = 100
+    """Steps of the sampler."""
+    probes: int = 2
+    """Hutchinson probes an image for the likelihood."""
+    tolerance: float = 1e-4
+    """Of the likelihood's ODE solver: the error of the worst image, relative and absolute."""
+
+
+@dataclass(frozen=True)
+class VDMOptions:
+    """The noise schedule of a variational model, and how it is sampled and judged."""
+
+    fourier: tuple[int, ...] = (3, 4)
+    """Exponents n of the waves sin(2ⁿπx) and cos(2ⁿπx) that the network sees beside x."""
+    gamma_min: float = -9.0
+    """Minus the log-SNR of the data's end, before training."""
+    gamma_max: float = 5.0
+    """Minus the log-SNR of the prior's end, before training."""
+    hidden: int = 16
+    """Hidden units of the noise schedule; 0 for one that stays linear in t."""
+    sampler_steps: int = 128
+    """Network calls for a sample."""
+    bound_draws: int = 64
+    """Times at which the bound of an image is estimated."""
+
+
+@dataclass(frozen=True)
+class ClassOptions:
+    """Of a model that knows the classes of its images."""
+
+    num_classes: int = 10
+    """Number of classes."""
+    label_dropout: float = 0.1
+    """How often training shows an image without its class, which guidance and likelihood need."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "num_classes")
+        if not 0.0 <= self.label_dropout <= 1.0:
+            raise ValueError(f"label_dropout must be in [0, 1], got {self.label_dropout}.")
 
 
 def open_images(config: Config) -> tuple[Config, Splits, tuple[int, int, int], int]:
@@ -244,6 +320,7 @@ def image_experiment(
     place: Place | None = None,
     sweeps: Mapping[str, Sequence[float]] | None = None,
     further: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
     **parts: Any,
 ) -> Experiment:
     """A run on images: batches, validation, pictures and reports.
@@ -262,6 +339,8 @@ def image_experiment(
             [−1, 1], uniform in the cells of the levels and drawn anew each time.
         sweeps: of `Likelihood`.
         further: added to the report of the likelihood, when it is made: name ↦ () ↦ value.
+        num_classes: if given, batches have a "label" [b] too: of training, that of no class instead
+            with probability `label_dropout` of the config, which `ClassOptions` has.
         **parts: `init`, `process` and `denoiser` of `Experiment`.
 
     Raises:
@@ -271,6 +350,19 @@ def image_experiment(
 
     def in_cells(keys, x):
         return dequantize(keys, x, config.levels)
+
+    def augmented(objective: Objective) -> Objective:
+        def of_either(params, key, batch):
+            flip_key, drop_key, key = jax.random.split(key, 3)
+            if config.flip:
+                flips = jax.random.bernoulli(flip_key, shape=(len(batch["x"]), 1, 1, 1))
+                batch = batch | {"x": jnp.where(flips, batch["x"][:, :, ::-1], batch["x"])}
+            if num_classes is not None:
+                drops = jax.random.bernoulli(drop_key, config.label_dropout, batch["label"].shape)
+                batch = batch | {"label": jnp.where(drops, num_classes, batch["label"])}
+            return objective(params, key, batch)
+
+        return of_either if config.flip or num_classes is not None else objective
 
     def continuous(objective: Objective) -> Objective:
         def of_points(params, key, batch):
@@ -307,13 +399,23 @@ def image_experiment(
         for split in ("validation", "test"):
             if len(images(split).x) < 2:
                 raise ValueError(f"dataset {config.dataset} has too few images for its {split}.")
-        return Batches({"x": train.x}, config.batch_size, seed=config.seed)
+        return Batches(given(train), config.batch_size, seed=config.seed)
+
+    def given(split: Images) -> dict[str, np.ndarray]:
+        if num_classes is None:
+            return {"x": split.x}
+        if split.label is None or split.num_classes > num_classes:
+            raise ValueError(
+                f"dataset {config.dataset} must have labels of at most {num_classes} classes, got "
+                f"{split.num_classes}."
+            )
+        return {"x": split.x, "label": split.label}
 
     eval_step = make_eval_step(continuous(held_out_loss))
 
     def validate(params):
-        held_out = images("validation").x[:1024]
-        return {"loss": float(eval_step(params, jax.random.key(2), {"x": held_out})["loss"])}
+        held_out = {name: array[:1024] for name, array in given(images("validation")).items()}
+        return {"loss": float(eval_step(params, jax.random.key(2), held_out)["loss"])}
 
     sample, trajectory = samplers(run, grid, size=256)
 
@@ -336,7 +438,7 @@ def image_experiment(
         }
 
     return config.experiment(
-        objective=continuous(loss),
+        objective=augmented(continuous(loss)),
         batches=batches,
         validate=validate,
         sample=sample,
@@ -352,6 +454,133 @@ def image_experiment(
         draw=plotting.image_grid,
         draw_trajectory=plotting.trajectory_grid,
         **parts,
+    )
+
+
+def score_experiment(
+    config: Any,
+    images: Splits,
+    *,
+    net: networks.UNet,
+    process: Gaussian,
+    parameterization: Parameterization,
+    objective: Callable[..., Objective],
+    step: Step,
+    grid: Array,
+) -> Experiment:
+    """A run on images by a score model: its samples, and its exact likelihood.
+
+    With a network of classes, samples are of classes drawn alike often; the likelihood is that of
+    the model without class.
+
+    Args:
+        config: `TrainingOptions`, `ImageOptions` and `ScoreOptions`, nothing left open.
+        images: its splits.
+        net: the network.
+        process: of the images in [−1, 1].
+        parameterization: what the network's output means.
+        objective: dropout ↦ the loss.
+        step: of the sampler.
+        grid: its times.
+
+    Raises:
+        ValueError: for an option outside its range.
+    """
+
+    def denoiser(params, **condition):
+        return NetDenoiser(params, process, net.apply, parameterization, condition)
+
+    def run(params, keys, **options):
+        start, noise, of_class = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+        x = jax.vmap(process.prior(config.shape).sample)(start)
+        condition = {}
+        if (classes := net.num_classes) is not None:
+            draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))
+            condition["label"] = draw(of_class)
+        return run_sampler(step, denoiser(params, **condition), grid, noise, x, **options)
+
+    def log_p(params, keys, x, **accuracy):
+        return log_likelihood(process, denoiser(params), x, key=keys, **accuracy)
+
+    return image_experiment(
+        config,
+        images,
+        init=lambda key: net.init(key, jnp.zeros((1, *config.shape)), jnp.zeros(1)),
+        process=process,
+        denoiser=denoiser,
+        loss=objective(dropout=config.dropout > 0.0),
+        held_out_loss=objective(dropout=False),
+        run=run,
+        grid=grid,
+        num_classes=net.num_classes,
+        estimate=solved(
+            log_p, tolerance=config.tolerance, probes=config.probes, shape=config.shape
+        ),
+        sweeps={"tolerance": (1e-2, 1e-3, 1e-4, 1e-5), "probes": (1, 2, 4, 8)},
+        further={"probes": lambda: config.probes},
+    )
+
+
+def vdm_experiment(
+    config: Any, images: Splits, net: networks.UNet, parameterization: Parameterization
+) -> Experiment:
+    """A run on the grey levels of images by a variational diffusion model: their bound, in bits.
+
+    Args:
+        config: `TrainingOptions`, `ImageOptions` and `VDMOptions`, nothing left open.
+        images: its splits.
+        net: the network.
+        parameterization: what its output means.
+
+    Raises:
+        ValueError: for an option outside its range.
+    """
+    at_least(1, config, "sampler_steps", "bound_draws")
+    grid = grids.uniform(config.sampler_steps)
+    schedule = learned_gamma(config.gamma_min, config.gamma_max, hidden=config.hidden)
+    start = Gaussian(schedule)
+    objective = functools.partial(
+        vdm.vdm, net.apply, parameterization, decoder=vdm.level_decoder(config.levels)
+    )
+    trained, held_out = objective(dropout=config.dropout > 0.0), objective()
+
+    def init(key):
+        network = net.init(key, jnp.zeros((1, *config.shape)), jnp.zeros(1))
+        return {"network": network, "schedule": vars(schedule)}
+
+    def of_levels(objective):
+        def in_bits(params, key, batch):
+            batch = batch | {"x": to_model(batch["x"], config.levels)}
+            return jax.tree.map(lambda nats: nats / jnp.log(2.0), objective(params, key, batch))
+
+        return in_bits
+
+    def denoiser(params):
+        # Of the process before training, which is the one that the experiment can name.
+        return Rescaled(held_out.denoiser(params), held_out.process(params), start)
+
+    def run(params, keys, **options):
+        first, noise = jax.vmap(jax.random.split, out_axes=1)(keys)
+        process = held_out.process(params)
+        x = jax.vmap(process.prior(config.shape).sample)(first)
+        return run_sampler(Ancestral(process), held_out.denoiser(params), grid, noise, x, **options)
+
+    def estimate(params, keys, x):
+        x = to_model(x, config.levels)
+        return vdm.bound(held_out, params, keys, x, draws=config.bound_draws)
+
+    return image_experiment(
+        config,
+        images,
+        init=init,
+        process=start,
+        denoiser=denoiser,
+        loss=of_levels(trained),
+        held_out_loss=of_levels(held_out),
+        run=run,
+        grid=grid,
+        estimate=estimate,
+        place=lambda keys, x: to_model(x, config.levels),
     )
 
 

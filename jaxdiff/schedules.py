@@ -52,6 +52,7 @@ __all__ = [
     "SubVP",
     "TabulatedBeta",
     "cosine",
+    "cosine_betas",
     "edm",
     "exploding",
     "from_betas",
@@ -322,6 +323,25 @@ class TabulatedBeta:
         left, right, rise = slopes[i] / steps, slopes[i + 1] / steps, values[i + 1] - values[i]
         cubic = u * (rise + (1.0 - u) * ((left - rise) * (1.0 - u) - (right - rise) * u))
         return _variance_preserving((values[i] + cubic).astype(t.dtype))
+
+
+def cosine_betas(steps: int = 1000) -> np.ndarray:
+    """β_1, …, β_T of improved DDPM, for `from_betas`.
+
+    β_i = min(1 − ᾱ(i/T)/ᾱ((i − 1)/T), 0.999),  ᾱ(u) = cos²((u + 0.008)/1.008 · π/2).
+
+    Args:
+        steps: T ≥ 2.
+
+    Raises:
+        ValueError: unless steps ≥ 2.
+
+    References: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17.
+    """
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, got {steps}.")
+    edges = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - edges[1:] / edges[:-1], 0.999)
 
 
 def from_betas(betas: Sequence[float] | np.ndarray) -> TabulatedBeta:

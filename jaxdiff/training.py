@@ -37,7 +37,7 @@ __all__ = [
     "init_state",
     "make_eval_step",
     "make_train_step",
-    "warmup_cosine_adam",
+    "warmup_adam",
 ]
 
 
@@ -164,22 +164,34 @@ def make_eval_step(
     return _over_mesh(step, mesh, donate=False)
 
 
-def warmup_cosine_adam(
-    learning_rate: float, *, steps: int, warmup: int = 0, clip: float = 1.0
+def warmup_adam(
+    learning_rate: float,
+    *,
+    steps: int,
+    warmup: int = 0,
+    clip: float = 1.0,
+    cosine: bool = True,
+    second_moment: float = 0.999,
+    weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """Adam with clipped gradients; its rate rises linearly, then falls to 0 along a cosine.
 
     rate(n) = learning_rate · n / warmup for n < warmup, then
-    learning_rate · (1 + cos(π (n − warmup) / (steps − warmup))) / 2.
+    learning_rate · (1 + cos(π (n − warmup) / (steps − warmup))) / 2, or learning_rate for ever.
 
     Args:
         learning_rate: the highest rate, > 0.
         steps: updates in the whole run.
         warmup: updates of the linear rise, in [0, steps).
         clip: largest norm of the gradient, > 0.
+        cosine: whether the rate falls after the warm-up, else it stays.
+        second_moment: decay of the average of squared gradients, in [0, 1).
+        weight_decay: of matrices and kernels, not of vectors such as biases; ≥ 0, times the rate.
 
     Returns:
         The optax transformation.
+
+    References: Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101.
 
     Raises:
         ValueError: if a value is outside its range.
@@ -190,8 +202,24 @@ def warmup_cosine_adam(
         raise ValueError(f"warmup must be in [0, steps={steps}), got {warmup}")
     if not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
-    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))
+    if not 0 <= second_moment < 1:
+        raise ValueError(f"second_moment must be in [0, 1), got {second_moment}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    if cosine:
+        rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
+    elif warmup:
+        rate = optax.warmup_constant_schedule(0.0, learning_rate, warmup)
+    else:  # of which that schedule makes the rate 0 for good
+        rate = learning_rate
+    adam = optax.adam(rate, b2=second_moment)
+    if weight_decay:
+        adam = optax.adamw(rate, b2=second_moment, weight_decay=weight_decay, mask=_matrices)
+    return optax.chain(optax.clip_by_global_norm(clip), adam)
+
+
+def _matrices(params: Params) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def fit(

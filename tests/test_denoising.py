@@ -12,7 +12,7 @@ from jaxdiff import networks, weightings
 from jaxdiff.data.batches import FreshBatches
 from jaxdiff.parameterizations import predict
 from jaxdiff.solve import adaptive
-from jaxdiff.training import init_state, make_train_step, warmup_cosine_adam
+from jaxdiff.training import init_state, make_train_step, warmup_adam
 
 KEY = jax.random.key(0)
 VP = jd.Gaussian(SCHEDULES["linear_beta"])
@@ -169,7 +169,7 @@ def trained():
     objective = jd.denoising(
         net.apply, VP, jd.epsilon(), time_sampler=jd.time_samplers.low_discrepancy()
     )
-    optimizer = warmup_cosine_adam(3e-3, steps=4000, warmup=100)
+    optimizer = warmup_adam(3e-3, steps=4000, warmup=100)
     step = make_train_step(objective, optimizer, ema_decay=0.995)
     state = init_state(params, optimizer, KEY)
     batches = FreshBatches(GMM5.sample, 512)

@@ -16,7 +16,7 @@ from jaxdiff.experiment import load_config
 from jaxdiff.networks import Dequantizer
 from jaxdiff.objectives.dequantization import dequantized, fill
 from jaxdiff.solve import adaptive
-from jaxdiff.training import init_state, make_train_step, warmup_cosine_adam
+from jaxdiff.training import init_state, make_train_step, warmup_adam
 
 KEY = jax.random.key(0)
 FLOW = Dequantizer(width=8)
@@ -93,7 +93,7 @@ def test_a_trained_flow_closes_the_gap_of_uniform_noise():
 
     objective = dequantized(bound, FLOW.apply, levels=4)
     start = {"model": {}, "dequantizer": FLOW.init(KEY, *[jnp.zeros((1, 2, 2, 1))] * 2)}
-    optimizer = warmup_cosine_adam(1e-2, steps=300, warmup=20)
+    optimizer = warmup_adam(1e-2, steps=300, warmup=20)
     step = make_train_step(objective, optimizer, ema_decay=0.9)
     state, batches = init_state(start, optimizer, KEY), FreshBatches(draw, 128)
     for i in range(300):

@@ -14,7 +14,7 @@ from jaxdiff.metrics import energy_distance
 from jaxdiff.processes.gaussian import Rescaled
 from jaxdiff.schedules import time_of_log_snr
 from jaxdiff.solve import adaptive
-from jaxdiff.training import init_state, make_train_step, warmup_cosine_adam
+from jaxdiff.training import init_state, make_train_step, warmup_adam
 
 VP = jd.Gaussian(jd.linear_beta())
 
@@ -25,7 +25,7 @@ def train(net, steps):
     objective = jd.denoising(
         net.apply, VP, jd.epsilon(), time_sampler=jd.time_samplers.low_discrepancy()
     )
-    optimizer = warmup_cosine_adam(2e-3, steps=steps, warmup=50)
+    optimizer = warmup_adam(2e-3, steps=steps, warmup=50)
     step = make_train_step(objective, optimizer, ema_decay=0.995)
     state = init_state(params, optimizer, jax.random.key(1))
     digits = load_images("digits", "train")

@@ -375,3 +375,58 @@ def test_damaged_files_are_named(folder):
         from_diffusers(folder)
     with pytest.raises(ValueError, match=r"path must be a folder of diffusers"):
         from_diffusers(folder / "nowhere")
+
+
+# The VE process
+
+
+def explode(folder, **options):
+    """Has a pipeline scheduled by the VE process, and its network configured anew."""
+    scheduler = diffusers.ScoreSdeVeScheduler(num_train_timesteps=100, sigma_max=50.0)
+    scheduler.save_pretrained(folder / "scheduler")
+    configure(folder, **options)
+    return folder
+
+
+def test_a_pipeline_of_the_ve_process(rivals, tmp_path):
+    """Its scores to 5e-5, at three levels of noise; and a sample.
+
+    The network makes y = 2x - 1 of images in [0, 1], and y are ours.
+    """
+    folder = shutil.copytree(rivals("NCSN++").folder, tmp_path / "pipeline")
+    ours = from_diffusers(explode(folder, center_input_sample=True))
+    theirs = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    denoise = jax.jit(ours)
+    for t in (0.1, 0.5, 0.9):
+        sigma = 0.01 * 5000.0**t
+        x = 0.5 + sigma * X
+        with torch.no_grad():
+            score = theirs(torch.tensor(x.transpose(0, 3, 1, 2)), torch.full((2,), sigma)).sample
+        found = (np.asarray(denoise(jnp.asarray(2 * x - 1), jnp.float32(t)).mean) + 1) / 2
+        expected = x + sigma**2 * score.numpy().transpose(0, 2, 3, 1)
+        assert error((found - x) / sigma, (expected - x) / sigma) < 5e-5
+    assert len(ours.grid) == 100
+    x = ours.process.prior(X.shape).sample(jax.random.key(0))
+    out = jd.sample(jd.DDIM(ours.process), ours, jd.grids.uniform(2), jax.random.key(0), x)
+    assert jnp.all(jnp.isfinite(out))
+
+
+def test_a_ve_pipeline_may_leave_its_input_alone(rivals, tmp_path):
+    """Then images and noise are those of the scheduler."""
+    folder = shutil.copytree(rivals("NCSN++").folder, tmp_path / "pipeline")
+    ours = from_diffusers(explode(folder))
+    assert float(ours.process.prior((1,)).std) == pytest.approx(50.0)
+    x, level = ours.parameterization.inputs(ours.process, jnp.asarray(X), jnp.float32(0.5))
+    np.testing.assert_array_equal(x, X)
+    assert float(level) == pytest.approx(np.log(0.01 * 5000.0**0.5), rel=1e-6)
+
+
+def test_a_ve_pipeline_needs_a_network_that_is_told_sigma(folder):
+    with pytest.raises(ValueError, match="time_embedding_type must be 'fourier' here"):
+        from_diffusers(explode(folder))
+
+
+def test_only_a_ve_pipeline_centers_its_input(folder):
+    configure(folder, center_input_sample=True)
+    with pytest.raises(ValueError, match="center_input_sample must be False here, got True"):
+        from_diffusers(folder)

@@ -11,7 +11,7 @@ import jaxdiff as jd
 from jaxdiff import networks
 from jaxdiff.data.batches import FreshBatches
 from jaxdiff.objectives.maximum_likelihood import maximum_likelihood
-from jaxdiff.training import init_state, make_train_step, warmup_cosine_adam
+from jaxdiff.training import init_state, make_train_step, warmup_adam
 
 KEY = jax.random.key(0)
 VP = jd.Gaussian(SCHEDULES["linear_beta"])
@@ -72,7 +72,7 @@ def test_tuning_lowers_the_exact_nll():
     params = net.init(KEY, jnp.zeros((1, 2)), jnp.zeros(1))
 
     def trained(objective, params, steps, rate):
-        optimizer = warmup_cosine_adam(rate, steps=steps, warmup=10)
+        optimizer = warmup_adam(rate, steps=steps, warmup=10)
         step = make_train_step(objective, optimizer, ema_decay=0.5)
         state, batches = init_state(params, optimizer, KEY), FreshBatches(GMM5.sample, 256)
         with optimised():

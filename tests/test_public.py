@@ -23,10 +23,11 @@ from jax.tree_util import Partial
 
 import jaxdiff
 import jaxdiff as jd
-from jaxdiff import parameterizations, recipes, schedules
+from jaxdiff import networks, parameterizations, recipes, schedules
 from jaxdiff.data import mixture, toys
 from jaxdiff.distributions import BlockNormal
 from jaxdiff.experiment import load_config
+from jaxdiff.interop import score_sde
 from jaxdiff.objectives import elbo, improved_ddpm, vdm
 from jaxdiff.objectives.d3pm import categorical_bound, masked_cross_entropy
 from jaxdiff.objectives.dequantization import dequantized
@@ -42,6 +43,11 @@ X = jax.random.normal(KEY, (3, 2))
 T, S = jnp.float32(0.6), jnp.float32(0.4)
 VP = jd.Gaussian(jd.linear_beta())
 BATCH = {"x": X}
+KL = networks.AutoencoderKL((4,), blocks=1, groups=2, attention=False)
+IMAGES = jnp.ones((1, 2, 2, 3))
+KL_PARAMS = jax.tree.map(
+    lambda leaf: jnp.full(leaf.shape, 0.1), jax.eval_shape(KL.init, KEY, IMAGES)
+)
 
 
 def apply(params, x, noise_level):
@@ -165,6 +171,7 @@ NOUNS = {
     "V": _parameterization(lambda n: jd.v()),
     "Score": _parameterization(lambda n: jd.score()),
     "Velocity": _parameterization(lambda n: jd.velocity()),
+    "RawEpsilon": _parameterization(lambda n: score_sde.RawEpsilon(sign=n)),
     "EDM": _parameterization(lambda n: parameterizations.edm(0.5 * n)),
     "EDMWeighting": _weighting(lambda n: jd.weightings.edm(0.5 * n)),
     "P2": _weighting(lambda n: jd.weightings.p2(n)),
@@ -210,6 +217,10 @@ NOUNS = {
     "NetDenoiser": _denoiser(denoiser),
     "Pretrained": _denoiser(
         lambda n: jd.interop.Pretrained({"w": jnp.float32(n)}, VP, apply, jd.epsilon())
+    ),
+    "PretrainedAutoencoder": Noun(
+        lambda n: jd.interop.PretrainedAutoencoder(KL_PARAMS, KL, scaling=n),
+        lambda autoencoder: autoencoder.encode(KEY, IMAGES),
     ),
     "CFG": _denoiser(lambda n: jd.CFG(denoiser(1.0), denoiser(0.5), weight=n)),
     "UnitVariance": Noun(

@@ -14,7 +14,7 @@ from jaxdiff.networks.energy import Conservative, log_density
 from jaxdiff.objectives.score_matching import implicit_score_matching, sliced_score_matching
 from jaxdiff.parameterizations import edm
 from jaxdiff.processes.base import score
-from jaxdiff.training import init_state, make_train_step, warmup_cosine_adam
+from jaxdiff.training import init_state, make_train_step, warmup_adam
 
 KEY = jax.random.key(0)
 VP = jd.Gaussian(SCHEDULES["linear_beta"])
@@ -169,7 +169,7 @@ def test_network_learns_the_score_of_a_mixture(make):
 
 def trained(objective, params, draw, steps):
     """Averaged parameters after some seconds of training."""
-    optimizer = warmup_cosine_adam(3e-3, steps=steps, warmup=100)
+    optimizer = warmup_adam(3e-3, steps=steps, warmup=100)
     step = make_train_step(objective, optimizer, ema_decay=0.99)
     state, batches = init_state(params, optimizer, KEY), FreshBatches(draw, 256)
     with optimised():

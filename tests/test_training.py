@@ -29,7 +29,7 @@ from jaxdiff.training import (
     init_state,
     make_eval_step,
     make_train_step,
-    warmup_cosine_adam,
+    warmup_adam,
 )
 
 # orbax leaves the coroutines of a failed read to the garbage collector.
@@ -171,7 +171,7 @@ def test_nothing_is_compiled_twice_even_from_weakly_typed_parameters():
         traces.append(1)
         return batch["x"] @ params["w"] * params["scale"], {}
 
-    optimizer = warmup_cosine_adam(1e-2, steps=10, warmup=2)
+    optimizer = warmup_adam(1e-2, steps=10, warmup=2)
     train_step = make_train_step(objective, optimizer, ema_decay=0.9)
     params = {"w": jnp.ones(4), "scale": jnp.asarray(2.0)}
     assert params["scale"].weak_type
@@ -251,9 +251,9 @@ def test_an_indivisible_batch_is_refused_before_tracing():
         check_divisible({"x": np.zeros((8, 2)), "label": np.zeros(4)}, 4)
 
 
-def test_warmup_cosine_adam_moves_by_its_rate_and_clips():
+def test_warmup_adam_moves_by_its_rate_and_clips():
     peak, steps, warmup = 0.1, 8, 3
-    optimizer = warmup_cosine_adam(peak, steps=steps, warmup=warmup)
+    optimizer = warmup_adam(peak, steps=steps, warmup=warmup)
     state = optimizer.init(jnp.zeros(()))
     for n in range(steps):
         # Adam divides a constant gradient by itself; clipping makes both of these the same one.
@@ -273,9 +273,9 @@ def test_warmup_cosine_adam_moves_by_its_rate_and_clips():
         ({"learning_rate": 0.1, "steps": 5, "clip": 0.0}, "clip"),
     ],
 )
-def test_warmup_cosine_adam_refuses_bad_values(options, name):
+def test_warmup_adam_refuses_bad_values(options, name):
     with pytest.raises(ValueError, match=f"{name} must be"):
-        warmup_cosine_adam(**options)
+        warmup_adam(**options)
 
 
 # The loop.

@@ -20,7 +20,7 @@ from jaxdiff.objectives.improved_ddpm import improved_ddpm
 from jaxdiff.parameterizations import learned_variance
 from jaxdiff.processes.base import Denoised
 from jaxdiff.samplers.analytic_dpm import AnalyticVariance, analytic_variance
-from jaxdiff.training import init_state, make_train_step, warmup_cosine_adam
+from jaxdiff.training import init_state, make_train_step, warmup_adam
 
 KEY = jax.random.key(0)
 VP = jd.Gaussian(SCHEDULES["linear_beta"])
@@ -323,7 +323,7 @@ def digits():
         decoder=discrete_decoder(17),
         time_sampler=jd.time_samplers.low_discrepancy(),
     )
-    optimizer = warmup_cosine_adam(2e-3, steps=300, warmup=50)
+    optimizer = warmup_adam(2e-3, steps=300, warmup=50)
     step = make_train_step(objective, optimizer, ema_decay=0.99)
     state = init_state(params, optimizer, jax.random.key(1))
     images, test = (load_images("digits", split) for split in ("train", "test"))

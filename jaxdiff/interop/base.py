@@ -21,8 +21,11 @@ from jaxdiff.typing import Array, Params
 
 __all__ = [
     "Pretrained",
+    "check_shapes",
+    "flat",
     "from_torch",
     "read_safetensors",
+    "setting",
     "shapes_of",
     "to_torch",
     "write_safetensors",
@@ -90,7 +93,21 @@ def shapes_of(net: nn.Module, *inputs: Any) -> Params:
     return jax.eval_shape(net.init, jax.random.key(0), *inputs)
 
 
-def _flat(params: Params) -> dict[tuple[str, ...], Any]:
+def setting(settings: Mapping[str, Any], name: str, *allowed: Any, source: str) -> Any:
+    """A setting of theirs, the first of the allowed ones where nothing is said.
+
+    Raises:
+        ValueError: if it is none of those.
+    """
+    value = settings.get(name, allowed[0])
+    if value not in allowed:
+        words = " or ".join(map(repr, allowed))
+        raise ValueError(f"{name} must be {words} here, got {value!r} in {source}.")
+    return value
+
+
+def flat(params: Params) -> dict[tuple[str, ...], Any]:
+    """The leaves of a network's parameters by their paths."""
     return cast(dict[tuple[str, ...], Any], flatten_dict(params["params"]))
 
 
@@ -98,6 +115,25 @@ def _listed(names: Any) -> str:
     names = sorted(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+def check_shapes(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Holds the tensors of a file against the names and shapes that a network has.
+
+    Raises:
+        ValueError: names tensors that are missing, unknown or of a wrong shape.
+    """
+    if missing := wanted.keys() - tensors.keys():
+        raise ValueError(f"{source} lacks tensors: {_listed(missing)}.")
+    if unknown := tensors.keys() - wanted.keys():
+        raise ValueError(f"{source} has tensors that belong nowhere: {_listed(unknown)}.")
+    wrong = [
+        f"{name} is {tensors[name].shape}, should be {shape}"
+        for name, shape in wanted.items()
+        if tensors[name].shape != shape
+    ]
+    if wrong:
+        raise ValueError(f"{source} has tensors of other shapes: {'; '.join(wrong[:_SHOWN])}.")
 
 
 def _their_name(path: tuple[str, ...], names: Names) -> str:
@@ -131,30 +167,25 @@ def from_torch(tensors: Tensors, shapes: Params, names: Names, source: str) -> P
         ValueError: names tensors that are missing, unknown or of a wrong shape.
     """
     wanted = {}
-    for path, leaf in _flat(shapes).items():
+    for path, leaf in flat(shapes).items():
         table = path[-1] == "embedding"
         wanted[_their_name(path, names)] = (path, leaf.shape, table)
-    if missing := wanted.keys() - tensors.keys():
-        raise ValueError(f"{source} lacks tensors: {_listed(missing)}.")
-    if unknown := tensors.keys() - wanted.keys():
-        raise ValueError(f"{source} has tensors that belong nowhere: {_listed(unknown)}.")
-    found, wrong = {}, []
-    for name, (path, shape, table) in wanted.items():
+    theirs = {
+        name: shape if table else _to_theirs(np.empty(shape, bool)).shape
+        for name, (_, shape, table) in wanted.items()
+    }
+    check_shapes(tensors, theirs, source)
+    found = {}
+    for name, (path, _, table) in wanted.items():
         array = np.asarray(tensors[name], np.float32)
-        array = array if table else _to_ours(array)
-        if array.shape != shape:
-            theirs = shape if table else _to_theirs(np.empty(shape, bool)).shape
-            wrong.append(f"{name} is {tensors[name].shape}, should be {theirs}")
-        found[path] = jnp.asarray(array)
-    if wrong:
-        raise ValueError(f"{source} has tensors of other shapes: {'; '.join(wrong[:_SHOWN])}.")
+        found[path] = jnp.asarray(array if table else _to_ours(array))
     return {"params": unflatten_dict(found)}
 
 
 def to_torch(params: Params, names: Names) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`."""
     tensors = {}
-    for path, leaf in _flat(params).items():
+    for path, leaf in flat(params).items():
         array = np.asarray(leaf)
         array = array if path[-1] == "embedding" else _to_theirs(array)
         tensors[_their_name(path, names)] = np.ascontiguousarray(array)

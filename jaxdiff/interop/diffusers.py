@@ -2,12 +2,13 @@
 
 A pipeline's folder has the network in `unet/` or `transformer/` (config.json beside
 diffusion_pytorch_model.safetensors) and the process in `scheduler/scheduler_config.json`. Its
-step k of T is our time (k + 1)/T.
+step k of T is our time (k + 1)/T; of the VE process see `score_sde`.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +21,18 @@ from jaxdiff.interop.base import (
     Pretrained,
     from_torch,
     read_safetensors,
+    setting,
     shapes_of,
     to_torch,
     write_safetensors,
 )
+from jaxdiff.interop.score_sde import Steps, exploding
 from jaxdiff.networks import unet
 from jaxdiff.networks.dit import DiT
 from jaxdiff.networks.embeddings import GaussianFourier, Sinusoidal
+from jaxdiff.parameterizations import Parameterization
 from jaxdiff.processes.gaussian import Gaussian
-from jaxdiff.typing import Params, Time
+from jaxdiff.typing import Grid, Params
 
 __all__ = ["from_diffusers", "to_diffusers"]
 
@@ -88,28 +92,14 @@ DIT_BLOCK = {
 }
 
 
-class Steps(NamedTuple):
-    """The network is told the step k = T t − 1."""
-
-    total: int
-
-    def __call__(self, process: Gaussian, t: Time) -> Time:
-        """T t − 1."""
-        return self.total * t - 1.0
-
-
 # The network
 
 
-def _one(config: Config, name: str, *allowed: Any) -> Any:
-    value = config.get(name, allowed[0])
-    if value not in allowed:
-        words = " or ".join(map(repr, allowed))
-        raise ValueError(f"{name} must be {words} here, got {value!r} in config.json.")
-    return value
+one_of = partial(setting, source="config.json")
 
 
-def _given(config: Config, *names: str) -> None:
+def given(config: Config, *names: str) -> None:
+    """Raises a ValueError unless the settings of these names are there."""
     if missing := [name for name in names if config.get(name) is None]:
         raise ValueError(f"{', '.join(missing)} must be given in config.json, got nothing.")
 
@@ -143,24 +133,23 @@ def _network(config: Config) -> unet.UNet:
     Raises:
         ValueError: names the setting that no network here has.
     """
-    _given(config, "block_out_channels", "down_block_types", "up_block_types", "out_channels")
+    given(config, "block_out_channels", "down_block_types", "up_block_types", "out_channels")
     channels, levels = config["block_out_channels"], _levels(config)
     width = channels[0]
     if any(n % width for n in channels):
         raise ValueError(
             f"block_out_channels must be multiples of the first, got {channels} in config.json."
         )
-    _one(config, "act_fn", "silu", "swish")
-    _one(config, "add_attention", True)
-    _one(config, "center_input_sample", False)
-    _one(config, "class_embed_type", None)
-    _one(config, "mid_block_type", "UNetMidBlock2D")
+    one_of(config, "act_fn", "silu", "swish")
+    one_of(config, "add_attention", True)
+    one_of(config, "class_embed_type", None)
+    one_of(config, "mid_block_type", "UNetMidBlock2D")
     # With scale and shift, and this left open, the attention in the middle is without a norm.
     groups = config.get("norm_num_groups", 32)
-    if _one(config, "resnet_time_scale_shift", "default", "scale_shift") == "scale_shift":
-        _one({"attn_norm_num_groups": None, **config}, "attn_norm_num_groups", groups)
+    if one_of(config, "resnet_time_scale_shift", "default", "scale_shift") == "scale_shift":
+        one_of({"attn_norm_num_groups": None, **config}, "attn_norm_num_groups", groups)
     else:
-        _one(config, "attn_norm_num_groups", None, groups)
+        one_of(config, "attn_norm_num_groups", None, groups)
     skips = any(level.skips for level in levels)
     if skips != all(level.skips for level in levels):
         raise ValueError(
@@ -173,16 +162,16 @@ def _network(config: Config) -> unet.UNet:
             f"mid_block_scale_factor must be {scale:.4f} with such levels, got "
             f"{config['mid_block_scale_factor']} in config.json."
         )
-    blockwise = skips or _one(config, "downsample_type", "conv", "resnet") == "resnet"
+    blockwise = skips or one_of(config, "downsample_type", "conv", "resnet") == "resnet"
     if not skips:
-        _one(config, "upsample_type", "resnet" if blockwise else "conv")
+        one_of(config, "upsample_type", "resnet" if blockwise else "conv")
         # Blocks that attend do as these settings say, the others as their names do.
         if any(level.blockwise != blockwise for level in levels[:-1] if not level.attends):
             raise ValueError(
                 f"down_block_types must change sides as downsample_type says, got "
                 f"{config['down_block_types']} and {config['downsample_type']!r} in config.json."
             )
-    padding = (0, 1) if _one(config, "downsample_padding", 1, 0) == 0 else (1, 1)
+    padding = (0, 1) if one_of(config, "downsample_padding", 1, 0) == 0 else (1, 1)
     variant = unet.Variant(
         rescale=skips,
         strided=not blockwise,
@@ -195,7 +184,7 @@ def _network(config: Config) -> unet.UNet:
         groups=None if skips else groups,
         epsilon=config.get("norm_eps", 1e-5),
     )
-    if _one(config, "time_embedding_type", "positional", "fourier") == "fourier":
+    if one_of(config, "time_embedding_type", "positional", "fourier") == "fourier":
         embedding: Any = GaussianFourier(2 * width)
     else:
         # Their frequencies are 10⁴ to the −k/(n − shift), ours to the −k/(n − 1).
@@ -312,10 +301,10 @@ def _unet_layout(config: Config) -> Layout:
 
 
 def _dit_layout(config: Config) -> Layout:
-    _one(config, "activation_fn", "gelu-approximate")
-    _one(config, "norm_type", "ada_norm_zero")
-    _one(config, "norm_elementwise_affine", False)
-    _one(config, "attention_bias", True)
+    one_of(config, "activation_fn", "gelu-approximate")
+    one_of(config, "norm_type", "ada_norm_zero")
+    one_of(config, "norm_elementwise_affine", False)
+    one_of(config, "attention_bias", True)
     heads, depth = config.get("num_attention_heads", 16), config.get("num_layers", 28)
     net = DiT(
         patch=config.get("patch_size", 2),
@@ -398,22 +387,53 @@ def _once(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarra
 # The process
 
 
-def _betas(config: Config) -> np.ndarray:
+def scheduled_betas(config: Config) -> np.ndarray:
     """β_1, …, β_T of a scheduler_config.json."""
     if (betas := config.get("trained_betas")) is not None:
         return np.asarray(betas, np.float64)
     count = config.get("num_train_timesteps", 1000)
     ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    kind = _one(config, "beta_schedule", "linear", "scaled_linear", "squaredcos_cap_v2")
+    kind = one_of(config, "beta_schedule", "linear", "scaled_linear", "squaredcos_cap_v2")
     if kind == "linear":
         return np.linspace(*ends, count)
     if kind == "scaled_linear":
         return np.linspace(ends[0] ** 0.5, ends[1] ** 0.5, count) ** 2
-    edges = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - edges[1:] / edges[:-1], 0.999)
+    return schedules.cosine_betas(count)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _training(config: Config, scheduler: Config) -> tuple[Gaussian, Parameterization, Grid]:
+    """The process, what the network says of it, and the times of its sampler."""
+    if scheduler.get("_class_name") == "ScoreSdeVeScheduler":
+        # Only this embedding takes σ, and has the output divided by it.
+        one_of({"time_embedding_type": "positional", **config}, "time_embedding_type", "fourier")
+        process, parameterization = exploding(
+            scheduler.get("sigma_min", 0.01),
+            scheduler.get("sigma_max", 1348.0),
+            centered=not one_of(config, "center_input_sample", False, True),
+        )
+        steps = scheduler.get("num_train_timesteps", 2000)
+        return process, parameterization, grids.uniform(steps - 1)
+    one_of(config, "center_input_sample", False)
+    betas = scheduled_betas(scheduler)
+    predictions = {
+        "epsilon": parameterizations.epsilon,
+        "sample": parameterizations.x0,
+        "v_prediction": parameterizations.v,
+    }
+    parameterization = predictions[one_of(scheduler, "prediction_type", *predictions)](
+        noise_level=Steps(len(betas))
+    )
+    if config.get("out_channels") == 2 * config["in_channels"]:
+        parameterization = parameterizations.learned_variance(parameterization, steps=len(betas))
+    return Gaussian(schedules.from_betas(betas)), parameterization, grids.uniform(len(betas))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of settings.
+
+    Raises:
+        ValueError: if there is no such file, or if it is truncated.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -425,12 +445,16 @@ def _read(path: Path) -> dict[str, Any]:
 def from_diffusers(path: str | Path) -> Pretrained:
     """A pipeline of diffusers with a `UNet2DModel`, such as google/ddpm-cifar10-32, or a DiT.
 
+    With a `ScoreSdeVeScheduler`, as google/ncsnpp-church-256 has it, the process is `exploding`.
+    Where the network centres its input (`center_input_sample`) images are in [−1, 1] all the same,
+    and the noise is twice the scheduler's; else they are as the network sees them.
+
     Args:
         path: its folder, with `unet/` or `transformer/`, and `scheduler/`. An autoencoder beside
             them is not read: what is returned is a denoiser of latents then.
 
     Returns:
-        The denoiser, in float32, with grid t = k/T.
+        The denoiser, in float32, with the times of its T steps as grid.
 
     Raises:
         ValueError: names the file that is missing or truncated, the setting that no network here
@@ -440,39 +464,30 @@ def from_diffusers(path: str | Path) -> Pretrained:
     folder = Path(path)
     kinds = [folder / name for name, _ in LAYOUTS.values() if (folder / name).is_dir()]
     model = kinds[0] if kinds else folder / "unet"
-    config = _read(model / "config.json")
-    scheduler = _read(folder / "scheduler" / "scheduler_config.json")
-    _given(config, "_class_name", "sample_size", "in_channels")
-    _, make = LAYOUTS[_one(config, "_class_name", *LAYOUTS)]
+    config = read_json(model / "config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    given(config, "_class_name", "sample_size", "in_channels")
+    _, make = LAYOUTS[one_of(config, "_class_name", *LAYOUTS)]
     layout = make(config)
     source = model / WEIGHTS
-    tensors = {_renamed(name): array for name, array in read_safetensors(source).items()}
+    tensors = {renamed(name): array for name, array in read_safetensors(source).items()}
     tensors = _once(tensors, str(source))
     params = from_torch(tensors, _shapes(config, layout), layout.names, str(source))
-    betas = _betas(scheduler)
-    predictions = {
-        "epsilon": parameterizations.epsilon,
-        "sample": parameterizations.x0,
-        "v_prediction": parameterizations.v,
-    }
-    parameterization = predictions[_one(scheduler, "prediction_type", *predictions)](
-        noise_level=Steps(len(betas))
-    )
+    process, parameterization, grid = _training(config, scheduler)
     side, channels = config["sample_size"], config["in_channels"]
-    if layout.net.out_channels == 2 * channels:
-        parameterization = parameterizations.learned_variance(parameterization, steps=len(betas))
     return Pretrained(
         layout.to_ours(params),
-        Gaussian(schedules.from_betas(betas)),
+        process,
         layout.net.apply,
         parameterization,
-        grid=grids.uniform(len(betas)),
+        grid=grid,
         shape=(side, side, channels),
         net=layout.net,
     )
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
+    """A tensor's name in the present version of their library."""
     for old, new in OLD_NAMES.items():
         name = name.replace(old, new)
     return name
@@ -490,7 +505,7 @@ def to_diffusers(params: Params, config: Config, path: str | Path) -> None:
         ValueError: names the setting that no network here has.
         ImportError: without the extra `interop`.
     """
-    name, make = LAYOUTS[_one(config, "_class_name", *LAYOUTS)]
+    name, make = LAYOUTS[one_of(config, "_class_name", *LAYOUTS)]
     layout = make(config)
     tensors = to_torch(layout.to_theirs(params), layout.names)
     for block in range(1, config.get("num_layers", 0)):
@@ -499,7 +514,15 @@ def to_diffusers(params: Params, config: Config, path: str | Path) -> None:
             for key, tensor in tensors.items()
             if key.startswith("transformer_blocks.0.norm1.emb.")
         }
-    folder = Path(path) / name
+    write_model(Path(path) / name, config, tensors)
+
+
+def write_model(folder: Path, config: Config, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a model's folder: its settings beside its tensors.
+
+    Raises:
+        ImportError: without the extra `interop`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(tensors, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2))

@@ -6,6 +6,7 @@ processes or of what its output means: that is the parameterization's business. 
 only if a random key named "dropout" is given: `apply(..., rngs={"dropout": key})`.
 """
 
+from jaxdiff.networks.autoencoder import AutoencoderKL as AutoencoderKL
 from jaxdiff.networks.dequantizer import Dequantizer as Dequantizer
 from jaxdiff.networks.dit import DiT as DiT
 from jaxdiff.networks.embeddings import GaussianFourier as GaussianFourier
@@ -17,9 +18,11 @@ from jaxdiff.networks.mlp import MLP as MLP
 from jaxdiff.networks.nnx import from_nnx as from_nnx
 from jaxdiff.networks.transformer import Transformer as Transformer
 from jaxdiff.networks.unet import UNet as UNet
+from jaxdiff.networks.uvit import UViT as UViT
 
 __all__ = [
     "MLP",
+    "AutoencoderKL",
     "Conservative",
     "Dequantizer",
     "DiT",
@@ -28,6 +31,7 @@ __all__ = [
     "SmoothFeatures",
     "Transformer",
     "UNet",
+    "UViT",
     "from_nnx",
     "log_density",
 ]

@@ -63,6 +63,31 @@ def positions(rows: int, columns: int, width: int) -> Float[Array, "n width"]:
     return jnp.concatenate([wave(a) for a in angles for wave in (jnp.sin, jnp.cos)], axis=1)
 
 
+def check_patches(x: Array, patch: int) -> None:
+    """Raises ValueError if x is not images [b, h, w, c] that patches can tile."""
+    if x.ndim != 4 or any(side % patch for side in x.shape[1:3]):
+        raise ValueError(
+            f"x must be images [b, h, w, c] of sides that the patch {patch} divides, got "
+            f"shape {x.shape}"
+        )
+
+
+def split_patches(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "n p"]:
+    """Images -> patches as rows [b · h/p · w/p, p² c], in reading order inside and out."""
+    b, height, width, channels = x.shape
+    tiles = x.reshape(b, height // patch, patch, width // patch, patch, channels)
+    return tiles.swapaxes(2, 3).reshape(-1, patch**2 * channels)
+
+
+def join_patches(
+    rows: Float[Array, "n p"], shape: tuple[int, ...], patch: int
+) -> Float[Array, "b h w c"]:
+    """The inverse of `split_patches`, for images of sides `shape`[1:3]."""
+    b, height, width, _ = shape
+    tiles = rows.reshape(b, height // patch, width // patch, patch, patch, -1)
+    return tiles.swapaxes(2, 3).reshape(b, height, width, -1)
+
+
 def _modulated(h: Tokens, scale: Array, shift: Array, epsilon: float, dtype: DTypeLike) -> Tokens:
     wide = jnp.promote_types(jnp.float32, dtype)
     norm = nn.LayerNorm(epsilon=epsilon, use_bias=False, use_scale=False, dtype=wide)
@@ -163,17 +188,14 @@ class DiT(nn.Module):
     ) -> Float[Array, "b h w c2"]:
         """Return the output [b, h, w, c2]; tokens of a `context` are attended to in every block."""
         self._check(x)
-        b, height, width, channels = x.shape
-        rows, columns = height // self.patch, width // self.patch
+        b, rows, columns = len(x), *(side // self.patch for side in x.shape[1:3])
         condition = Conditioning(
             self.width, self.embedding, self.num_classes, self.dtype, name="condition"
         )
         c = condition(noise_level, label)
 
-        pixels = x.reshape(b, rows, self.patch, columns, self.patch, channels)
-        pixels = pixels.swapaxes(2, 3).reshape(b * rows * columns, self.patch**2 * channels)
-        h = nn.Dense(self.width, kernel_init=_glorot, dtype=self.dtype, name="patches")(pixels)
-        h = h.reshape(b, rows * columns, self.width)
+        patches = nn.Dense(self.width, kernel_init=_glorot, dtype=self.dtype, name="patches")
+        h = patches(split_patches(x, self.patch)).reshape(b, rows * columns, self.width)
         h = h + positions(rows, columns, self.width).astype(self.dtype)[None]
         if self.registers:
             init = nn.initializers.normal(0.02)
@@ -197,18 +219,12 @@ class DiT(nn.Module):
         adapt = nn.Dense(2 * self.width, kernel_init=_zeros, dtype=wide, name="adapt")(c)
         shift, scale = jnp.split(adapt, 2, axis=-1)
         h = _modulated(h[:, self.registers :], scale, shift, 1e-6, wide)
-        features = channels if self.out_channels is None else self.out_channels
-        out = nn.Dense(self.patch**2 * features, kernel_init=_zeros, dtype=wide, name="out")
-        pixels = out(h.reshape(b * rows * columns, self.width))
-        pixels = pixels.reshape(b, rows, columns, self.patch, self.patch, features)
-        return pixels.swapaxes(2, 3).reshape(b, height, width, features)
+        channels = x.shape[-1] if self.out_channels is None else self.out_channels
+        out = nn.Dense(self.patch**2 * channels, kernel_init=_zeros, dtype=wide, name="out")
+        return join_patches(out(h.reshape(-1, self.width)), x.shape, self.patch)
 
     def _check(self, x: Array) -> None:
-        if x.ndim != 4 or any(side % self.patch for side in x.shape[1:3]):
-            raise ValueError(
-                f"x must be images [b, h, w, c] of sides that the patch {self.patch} divides, got "
-                f"shape {x.shape}"
-            )
+        check_patches(x, self.patch)
         for name, divisor in (("heads", self.heads), ("4", 4)):
             if self.width % divisor:
                 raise ValueError(f"{name} must divide the width {self.width}, got {divisor}")

@@ -137,6 +137,7 @@ class Conditioning(nn.Module):
         width: number of features.
         embedding: noise_level [b] -> features [b, n].
         num_classes: number of classes, or None for a network without labels.
+        class_first: add E[label] to the embedding instead, before the two layers.
         dtype: of the computation.
 
     Raises:
@@ -150,6 +151,7 @@ class Conditioning(nn.Module):
     embedding: Callable[[Array], Array]
     num_classes: int | None = None
     dtype: DTypeLike = jnp.float32
+    class_first: bool = False
 
     @nn.compact
     def __call__(
@@ -158,15 +160,17 @@ class Conditioning(nn.Module):
         """Return c [b, width]; no label means the null label."""
         if label is not None and self.num_classes is None:
             raise ValueError("label must be None for a network whose num_classes is None")
-        h = nn.Dense(self.width, dtype=self.dtype)(self.embedding(noise_level))
-        h = nn.Dense(self.width, dtype=self.dtype)(nn.silu(h))
-        if self.num_classes is not None:
+
+        def with_class(h: Float[Array, "b n"]) -> Float[Array, "b n"]:
+            if self.num_classes is None:
+                return h
             null = jnp.full(noise_level.shape, self.num_classes)
-            table = nn.Embed(
-                self.num_classes + 1,
-                self.width,
-                dtype=self.dtype,
-                embedding_init=nn.initializers.zeros,
-            )
-            h = h + table(null if label is None else label)
-        return nn.silu(h)
+            zeros, size = nn.initializers.zeros, (self.num_classes + 1, h.shape[-1])
+            table = nn.Embed(*size, dtype=self.dtype, embedding_init=zeros)
+            return h + table(null if label is None else label)
+
+        h = self.embedding(noise_level)
+        h = with_class(h) if self.class_first else h
+        h = nn.Dense(self.width, dtype=self.dtype)(h)
+        h = nn.Dense(self.width, dtype=self.dtype)(nn.silu(h))
+        return nn.silu(h if self.class_first else with_class(h))

@@ -68,6 +68,8 @@ class Variant(NamedTuple):
     """On the way up, attend after every block, else after the last of a level."""
     bias: bool = True
     """Whether the conditioning is injected with a bias."""
+    class_first: bool = False
+    """Add the class to the embedding of the noise level, before the layers that read it."""
     groups: int | None = None
     """Of the norms; None for the greatest number up to 32 and a quarter of the channels."""
     epsilon: float = 1e-6
@@ -216,11 +218,12 @@ class _Attention(nn.Module):
     head_width: int | None
     variant: Variant
     dtype: DTypeLike
+    heads: int = 1
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
         b, h, w, c = x.shape
-        d = self.head_width or c
+        d = self.head_width or c // self.heads
         # Pixels as rows of one matrix: the gradient of a product with two leading axes is slow on
         # a CPU.
         pixels = _Norm(self.variant, self.dtype, name="norm")(x).reshape(b * h * w, c)
@@ -247,7 +250,8 @@ class UNet(nn.Module):
         attention: sides (the longer one, in pixels) of the levels that attend; the middle always
             does.
         head_width: channels of an attention head; must divide those of the levels that attend.
-            None for one head of all channels.
+            None for `heads` heads at every level.
+        heads: attention heads where their width is not given.
         dropout: rate in [0, 1) inside the residual blocks.
         embedding: noise_level [b] -> features [b, n].
         scale_shift: inject the conditioning as scale and shift of a norm (True), or add it (False).
@@ -255,6 +259,7 @@ class UNet(nn.Module):
         variant: the paper's habits: `DDPM`, `DDPMPP`, `NCSNPP`, `ADM`, `VDM` or others.
         dtype: of the computation; parameters, norms, softmax and the output stay in float32.
         out_channels: channels of the output; None for as many as the input has.
+        condition_width: features of noise level and class, four times `width` if None.
         fourier: exponents n, ≥ 0: for each, the network sees sin(2ⁿ π x) and cos(2ⁿ π x) beside
             its input x. They tell neighbouring grey levels apart, which a likelihood asks for and
             the eye does not: for L levels in [-1, 1], with n about log₂ L - 1 and log₂ L.
@@ -276,6 +281,7 @@ class UNet(nn.Module):
     blocks: int = 2
     attention: tuple[int, ...] = (4,)
     head_width: int | None = None
+    heads: int = 1
     dropout: float = 0.0
     embedding: Callable[[Array], Array] = SmoothFeatures()
     scale_shift: bool = False
@@ -283,6 +289,7 @@ class UNet(nn.Module):
     variant: Variant = DDPMPP
     dtype: DTypeLike = jnp.float32
     out_channels: int | None = None
+    condition_width: int | None = None
     fourier: tuple[int, ...] = ()
     remat: bool = False
 
@@ -294,7 +301,12 @@ class UNet(nn.Module):
         self._check(x)
         v, wide = self.variant, _wide(self.dtype)
         condition = Conditioning(
-            4 * self.width, self.embedding, self.num_classes, self.dtype, name="condition"
+            self.condition_width or 4 * self.width,
+            self.embedding,
+            self.num_classes,
+            self.dtype,
+            v.class_first,
+            name="condition",
         )
         c = condition(noise_level, label)
         block = partial(
@@ -305,7 +317,11 @@ class UNet(nn.Module):
             dtype=self.dtype,
         )
         attention = partial(
-            nn.remat(_Attention) if self.remat else _Attention, self.head_width, v, self.dtype
+            nn.remat(_Attention) if self.remat else _Attention,
+            self.head_width,
+            v,
+            self.dtype,
+            self.heads,
         )
         conv = partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
 
@@ -386,7 +402,11 @@ class UNet(nn.Module):
             )
         if any(n < 0 for n in self.fourier):
             raise ValueError(f"fourier must be exponents of at least 0, got {self.fourier}")
-        for name, divisor in (("head_width", self.head_width), ("groups", self.variant.groups)):
+        for name, divisor in (
+            ("head_width", self.head_width),
+            ("heads", self.heads),
+            ("groups", self.variant.groups),
+        ):
             if divisor is not None and any(m * self.width % divisor for m in self.multipliers):
                 raise ValueError(
                     f"{name} must divide the channels of every level, {self.width} × "

@@ -37,7 +37,7 @@ from jaxdiff.data.images import dequantize, load_images
 from jaxdiff.networks import Sinusoidal
 from jaxdiff.schedules import time_of_log_snr
 from jaxdiff.solve import adaptive
-from jaxdiff.training import fit, init_state, make_train_step, warmup_cosine_adam
+from jaxdiff.training import fit, init_state, make_train_step, warmup_adam
 
 PROCESS = jd.Gaussian(jd.linear_beta(0.1, 20.0))
 T0 = 1e-5
@@ -108,7 +108,7 @@ def trained(setup: Setup, *, smooth: bool) -> jd.NetDenoiser:
     def loss(params, key, batch):
         return objective(params, key, {"x": dequantize(key, batch["x"], setup.levels)})
 
-    optimizer = warmup_cosine_adam(2e-3, steps=setup.steps, warmup=setup.steps // 10)
+    optimizer = warmup_adam(2e-3, steps=setup.steps, warmup=setup.steps // 10)
     step = make_train_step(loss, optimizer, ema_decay=0.99)
     params = net.init(jax.random.key(0), jnp.zeros((1, *shape)), jnp.zeros(1))
     state = init_state(params, optimizer, jax.random.key(1))

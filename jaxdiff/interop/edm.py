@@ -1,0 +1,441 @@
+"""Network pickles of EDM, read without running anything that they hold.
+
+A pickle is a program that calls what it names. EDM's name a function that is handed the source code
+of an object's class and its state, and runs the one to rebuild the other. Here that name, and the
+few more that such a file needs, stand for functions of our own, which keep the class's name, the
+state and the numbers; every other name is refused. What a network is, is known from its class and
+from the arguments that it was made with, which are part of its state.
+
+References: Karras et al. 2022, arXiv 2206.00364, table 1 and appendix F; the layout of the file
+as torch_utils/persistence.py of github.com/NVlabs/edm writes it, version 6.
+"""
+
+import io
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff import grids, parameterizations, schedules
+from jaxdiff.interop.base import Pretrained, from_torch, setting, shapes_of
+from jaxdiff.interop.score_sde import LogSigma, RawEpsilon
+from jaxdiff.networks import unet
+from jaxdiff.networks.embeddings import GaussianFourier, Sinusoidal
+from jaxdiff.parameterizations import Parameterization
+from jaxdiff.processes.gaussian import Gaussian
+from jaxdiff.typing import Grid
+
+__all__ = ["from_edm"]
+
+Settings = Mapping[str, Any]
+Tensors = Mapping[str, np.ndarray]
+Names = Mapping[str, str]
+
+# What their constructors take where nothing is given.
+SONG = {
+    "label_dim": 0,
+    "augment_dim": 0,
+    "model_channels": 128,
+    "channel_mult": [1, 2, 2, 2],
+    "channel_mult_emb": 4,
+    "num_blocks": 4,
+    "attn_resolutions": [16],
+    "dropout": 0.10,
+    "label_dropout": 0,
+    "embedding_type": "positional",
+    "channel_mult_noise": 1,
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "resample_filter": [1, 1],
+}
+DHARIWAL = {
+    "label_dim": 0,
+    "augment_dim": 0,
+    "model_channels": 192,
+    "channel_mult": [1, 2, 3, 4],
+    "channel_mult_emb": 4,
+    "num_blocks": 3,
+    "attn_resolutions": [32, 16, 8],
+    "dropout": 0.10,
+    "label_dropout": 0,
+}
+ALWAYS_GIVEN = {"img_resolution", "in_channels", "out_channels"}
+
+RESIDUAL = {
+    "norm_0": "norm0",
+    "conv_0": "conv0",
+    "inject": "affine",
+    "norm_1": "norm1",
+    "conv_1": "conv1",
+    "skip": "skip",
+}
+ATTENTION = {
+    "norm": "norm2",
+    "query": "qkv.query",
+    "key": "qkv.key",
+    "value": "qkv.value",
+    "out": "proj",
+}
+
+
+# The file
+
+
+class _Object:
+    """An object of theirs: the name of its class and its state."""
+
+    kind = ""
+
+    def __init__(self, *_: object) -> None:
+        self.state: Any = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _persistent(meta: Mapping[str, Any]) -> _Object:
+    """What would run meta["module_src"]."""
+    found = _Object()
+    found.kind, found.state = meta["class_name"], meta["state"]
+    if found.kind not in CLASSES:
+        raise ValueError(f"classes must be {', '.join(sorted(CLASSES))}, got {found.kind}.")
+    return found
+
+
+def _parameter(tensor: np.ndarray, *_: object) -> np.ndarray:
+    return tensor
+
+
+def _tensor(
+    storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: object
+) -> np.ndarray:
+    """A view of a storage, inside of its bounds, which numpy sees to."""
+    size = storage.itemsize
+    return np.ndarray(shape, storage.dtype, storage, size * offset, [size * n for n in strides])
+
+
+def _storage(data: bytes) -> np.ndarray:
+    """A storage as torch.save wrote it before there were zip files.
+
+    It is five pickles, of which the fourth says the type and the number of elements, followed by
+    that number again and by the elements.
+    """
+    file = io.BytesIO(data)
+    _, _, _, described, _ = (_Unpickler(file).load() for _ in range(5))
+    _, dtype, _, _, count, _ = described
+    file.read(8)
+    return np.frombuffer(file.read(), dtype, count)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of a pickle that may name no more than `GLOBALS`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = GLOBALS.get(f"{module}.{name}")
+        if found is None:
+            raise ValueError(f"a network pickle must not call {module}.{name}: it is refused.")
+        return found
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+GLOBALS: Mapping[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+    "torch.nn.modules.container.ModuleDict": _Object,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch.storage._load_from_bytes": _storage,
+    "torch.HalfStorage": "<f2",
+    "torch.FloatStorage": "<f4",
+    "torch.DoubleStorage": "<f8",
+    # Some settings, none of which is needed, are scalars of numpy.
+    "numpy.dtype": _Object,
+    "numpy.core.multiarray.scalar": _Object,
+    "numpy._core.multiarray.scalar": _Object,
+}
+
+
+def _read(path: Path) -> tuple[_Object, _Object]:
+    """The preconditioned network of a file, and the network in it."""
+    if not path.is_file():
+        raise ValueError(f"path must be a network pickle, but there is no {path}.")
+    damage = AttributeError, EOFError, IndexError, KeyError, TypeError, pickle.UnpicklingError
+    try:
+        with path.open("rb") as file:
+            outer = _Unpickler(file).load()["ema"]
+            inner = outer.state["_modules"]["model"]
+            kinds = outer.kind, inner.kind
+    except damage as error:
+        raise ValueError(f"{path} is truncated or is no network pickle: {error!r}.") from error
+    for kind, allowed in zip(kinds, (PRECONDITIONS, MODELS), strict=True):
+        if kind not in allowed:
+            words = " or ".join(allowed)
+            raise ValueError(f"{path} must have a network of class {words} there, got {kind}.")
+    return outer, inner
+
+
+def _tensors(module: _Object, prefix: str = "") -> dict[str, np.ndarray]:
+    """All tensors of a module and of those inside it, by their path."""
+    own = {**module.state["_parameters"], **module.state["_buffers"]}
+    found = {prefix + name: tensor for name, tensor in own.items() if tensor is not None}
+    for name, inner in module.state["_modules"].items():
+        found |= _tensors(inner, f"{prefix}{name}.")
+    return found
+
+
+# The network
+
+
+class Layout(NamedTuple):
+    """How one of their networks is written as one of ours.
+
+    Attributes:
+        net: the network.
+        names: where each module is found, once `to_ours` has been applied.
+        to_ours: from their tensors to those that differ from our parameters by names alone.
+    """
+
+    net: unet.UNet
+    names: Names
+    to_ours: Callable[[Tensors], Tensors]
+
+
+one_of = partial(setting, source="the pickle")
+
+
+def _settings(model: _Object) -> Settings:
+    """The arguments that a network was made with, and the defaults of the others."""
+    defaults, given = MODELS[model.kind][0], model.state.get("_init_kwargs") or {}
+    if missing := ALWAYS_GIVEN - given.keys():
+        raise ValueError(f"{', '.join(sorted(missing))} must be given by name in the pickle.")
+    if unknown := given.keys() - defaults.keys() - ALWAYS_GIVEN:
+        raise ValueError(
+            f"settings must be those of {model.kind}, got {', '.join(sorted(unknown))} as well."
+        )
+    return {**defaults, **given}
+
+
+def _names(net: unet.UNet, side: int, norm: str, conv: str) -> dict[str, str]:
+    """Where each module of ours is found in their state, the last two by the names given."""
+    sides = [f"{side >> level}x{side >> level}" for level in range(len(net.multipliers))]
+    names = {
+        "in": f"enc.{sides[0]}_conv",
+        "condition/Dense_0": "map_layer0",
+        "condition/Dense_1": "map_layer1",
+        "condition/Embed_0": "map_label",
+        "embedding": "map_noise",
+        "out_0_norm": norm,
+        "out_0_conv": conv,
+    }
+    residuals = {
+        "middle_block_0": f"dec.{sides[-1]}_in0",
+        "middle_block_1": f"dec.{sides[-1]}_in1",
+    }
+    attentions = {"middle_attention": f"dec.{sides[-1]}_in0"}
+    for level, name in enumerate(sides):
+        if level > 0:
+            residuals[f"down_{level}"] = f"enc.{name}_down"
+            residuals[f"up_{level}"] = f"dec.{sides[level - 1]}_up"
+            names[f"down_{level}_image"] = f"enc.{name}_aux_residual"
+        for i in range(net.blocks + 1):
+            for way, part in (("down", "enc"), ("up", "dec")):
+                residuals[f"{way}_{level}_block_{i}"] = f"{part}.{name}_block{i}"
+                attentions[f"{way}_{level}_attention_{i}"] = f"{part}.{name}_block{i}"
+    for modules, table in ((residuals, RESIDUAL), (attentions, ATTENTION)):
+        for ours, theirs in modules.items():
+            names |= {f"{ours}/{a}": f"{theirs}.{b}" for a, b in table.items()}
+    return names
+
+
+def _to_ours(tensors: Tensors) -> dict[str, np.ndarray]:
+    """Projections apart and as matrices, without what no network here reads."""
+    found = {}
+    for name, tensor in tensors.items():
+        *_, module, leaf = "", *name.split(".")
+        if leaf == "resample_filter" or module == "map_augment":
+            continue
+        if module == "qkv":
+            # Channel by channel: a query, a key, a value.
+            for i, part in enumerate(("query", "key", "value")):
+                found[f"{name.removesuffix(leaf)}{part}.{leaf}"] = tensor[i::3].squeeze()
+        else:
+            found[name] = tensor.squeeze() if module == "proj" else tensor
+    return found
+
+
+def _song(settings: Settings) -> Layout:
+    """DDPM++ and NCSN++."""
+    one_of(settings, "channel_mult_emb", 4)
+    one_of(settings, "decoder_type", "standard")
+    residual = one_of(settings, "encoder_type", "standard", "residual") == "residual"
+    smooth = one_of(settings, "resample_filter", [1, 1], [1, 3, 3, 1]) == [1, 3, 3, 1]
+    if residual and not smooth:
+        raise ValueError("resample_filter must be [1, 3, 3, 1] with encoder_type 'residual'.")
+    fourier = one_of(settings, "embedding_type", "positional", "fourier") == "fourier"
+    width, side = settings["model_channels"], settings["img_resolution"]
+    features, classes = width * settings["channel_mult_noise"], settings["label_dim"]
+    net = unet.UNet(
+        width=width,
+        multipliers=tuple(settings["channel_mult"]),
+        blocks=settings["num_blocks"],
+        attention=tuple(settings["attn_resolutions"]),
+        dropout=settings["dropout"],
+        embedding=GaussianFourier(features) if fourier else Sinusoidal(features),
+        num_classes=classes or None,
+        variant=unet.Variant(
+            smooth=smooth, image_in="residual" if residual else None, class_first=True
+        ),
+        out_channels=settings["out_channels"],
+    )
+
+    def to_ours(tensors: Tensors) -> Tensors:
+        found = _to_ours(tensors)
+        if fourier and "map_noise.freqs" in found:
+            found["map_noise.weight"] = found.pop("map_noise.freqs")
+        if {"map_label.weight", "map_label.bias"} <= found.keys():
+            # A class is √k times its indicator, and none is zero: the bias alone.
+            table = math.sqrt(classes) * found["map_label.weight"].T
+            table = np.pad(table, ((0, 1), (0, 0))) + found.pop("map_label.bias")
+            found["map_label.weight"] = table
+        return found
+
+    last = f"dec.{side}x{side}_aux"
+    return Layout(net, _names(net, side, f"{last}_norm", f"{last}_conv"), to_ours)
+
+
+def _dhariwal(settings: Settings) -> Layout:
+    """ADM."""
+    one_of(settings, "channel_mult_emb", 4)
+    multipliers = tuple(settings["channel_mult"])
+    if multipliers[0] != 1:
+        raise ValueError(f"channel_mult must begin with 1, got {multipliers} in the pickle.")
+    width, classes = settings["model_channels"], settings["label_dim"]
+    # Their frequencies are 10⁴ to the −k/n, ours to the −k/(n − 1).
+    half = width // 2
+    net = unet.UNet(
+        width=width,
+        multipliers=multipliers,
+        blocks=settings["num_blocks"],
+        attention=tuple(settings["attn_resolutions"]),
+        head_width=64,
+        dropout=settings["dropout"],
+        embedding=Sinusoidal(width, max_period=1e4 ** ((half - 1) / half)),
+        scale_shift=True,
+        num_classes=classes or None,
+        variant=unet.ADM,
+        out_channels=settings["out_channels"],
+    )
+
+    def to_ours(tensors: Tensors) -> Tensors:
+        found = _to_ours(tensors)
+        if (first := found.get("map_layer0.weight")) is not None:
+            # Cosines come first in theirs.
+            found["map_layer0.weight"] = np.roll(first, half, axis=1)
+        if (table := found.get("map_label.weight")) is not None:
+            # Of no class, nothing is added.
+            found["map_label.weight"] = np.pad(table.T, ((0, 1), (0, 0)))
+        return found
+
+    names = _names(net, settings["img_resolution"], "out_norm", "out_conv")
+    return Layout(net, names, to_ours)
+
+
+# The process
+
+
+def _edm(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
+    # Where a network states no limits, its sampler's: those of table 1.
+    lowest = float(max(0.002, settings["sigma_min"]))
+    highest = float(min(80.0, settings["sigma_max"]))
+    parameterization = parameterizations.edm(
+        settings["sigma_data"], noise_level=parameterizations.quarter_log_sigma
+    )
+    steps = 18 if settings["img_resolution"] <= 32 else 40
+    return Gaussian(schedules.edm(lowest, highest)), parameterization, grids.uniform(steps - 1)
+
+
+def _vp(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
+    steps = one_of(settings, "M", 1000)
+    lowest = float(settings["beta_min"])
+    schedule = schedules.linear_beta(lowest, lowest + settings["beta_d"])
+    parameterization = parameterizations.epsilon(noise_level=parameterizations.discrete_time)
+    return Gaussian(schedule), parameterization, grids.uniform(steps)
+
+
+def _ve(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
+    schedule = schedules.exploding(float(settings["sigma_min"]), float(settings["sigma_max"]))
+    # The model knew images in [0, 1], of half the noise.
+    parameterization = RawEpsilon(sign=-1.0, noise_level=LogSigma(2.0))
+    return Gaussian(schedule), parameterization, grids.uniform(999)
+
+
+MODELS: Mapping[str, tuple[Settings, Callable[[Settings], Layout]]] = {
+    "SongUNet": (SONG, _song),
+    "DhariwalUNet": (DHARIWAL, _dhariwal),
+}
+PRECONDITIONS = {"EDMPrecond": _edm, "VPPrecond": _vp, "VEPrecond": _ve}
+CLASSES = {
+    *MODELS,
+    *PRECONDITIONS,
+    "UNetBlock",
+    "Conv2d",
+    "Linear",
+    "GroupNorm",
+    "PositionalEmbedding",
+    "FourierEmbedding",
+    # A snapshot of the training has these beside the network.
+    "EDMLoss",
+    "VPLoss",
+    "VELoss",
+    "AugmentPipe",
+}
+
+
+def from_edm(path: str | Path) -> Pretrained:
+    """A network pickle of EDM, such as edm-cifar10-32x32-uncond-vp.pkl.
+
+    Nothing in the file is run: it may name the classes and functions of such a network alone. The
+    networks are DDPM++, NCSN++ and ADM; what the augmentation of the training images told them is
+    left out, as in sampling, and so are dropout of labels and float16.
+
+    Args:
+        path: the file; its entry "ema" is read.
+
+    Returns:
+        The denoiser, in float32. Under EDM's preconditioning its process has the noise levels
+        0.002 … 80, and its grid those of the paper's deterministic sampler, 18 at 32 × 32 and 40
+        above. The sampler's last step, from 0.002 to no noise, is the denoiser's mean at time 0.
+        Under those of VP and VE, it has the processes of Song et al. 2021 and 1000 times.
+
+    Raises:
+        ValueError: names what the file calls and must not, the setting that no network here has,
+            or the tensors that are missing, unknown or of another shape; if there is no such file,
+            or if it is truncated.
+
+    References: Karras et al. 2022, arXiv 2206.00364, table 1, algorithm 1 and appendix F.
+    """
+    path = Path(path)
+    outer, model = _read(path)
+    settings = _settings(model)
+    layout = MODELS[model.kind][1](settings)
+    side, channels = settings["img_resolution"], settings["in_channels"]
+    shapes = shapes_of(layout.net, jnp.zeros((1, side, side, channels)), jnp.zeros(1))
+    params = from_torch(layout.to_ours(_tensors(model)), shapes, layout.names, str(path))
+    process, parameterization, grid = PRECONDITIONS[outer.kind](outer.state)
+    return Pretrained(
+        params,
+        process,
+        layout.net.apply,
+        parameterization,
+        grid=grid,
+        shape=(side, side, channels),
+        net=layout.net,
+    )

@@ -1,0 +1,283 @@
+"""Training side by side with PyTorch: forward, gradient and a whole step of the same networks.
+
+    pip install -e ".[bench]"
+    python tests/benchmarks/training.py
+
+The networks are diffusers' UNet2DModel and DiTTransformer2DModel, with random weights written to a
+folder once; PyTorch loads them as they are, eager, compiled and with the channels last, and we by
+`jd.interop.from_diffusers`, so parameters and operations are the same. A step is the whole of it:
+noise, forward, gradient, Adam, exponential average. Each contender has a process of its own and
+they take turns; medians are compared. The table is markdown; `ours / best` is our time over that of
+the best of PyTorch's. With an accelerator that JAX and PyTorch see, both use it (`--dtype bfloat16`
+for either), and the share of its measured matrix-product peak stands beside.
+"""
+
+import argparse
+import functools
+import os
+import platform
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.turns import table, take_turns
+
+UNET = {
+    "_class_name": "UNet2DModel",
+    "layers_per_block": 2,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 8,
+    "attention_head_dim": None,
+    "in_channels": 3,
+    "out_channels": 3,
+}
+DIT = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "num_layers": 4,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 10,
+    "in_channels": 3,
+    "out_channels": 3,
+}
+LARGE = UNET | {
+    "layers_per_block": 4,
+    "block_out_channels": [128, 256, 256, 256],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 32,
+}
+DEEP = LARGE | {"layers_per_block": 8}
+# Name ↦ config, side of the images, batch.
+NETWORKS = {
+    "unet 8": (UNET, 8, 64),
+    "unet 8, batch 128": (UNET, 8, 128),
+    "unet 32": (UNET, 32, 64),
+    "unet 32, batch 128": (UNET, 32, 128),
+    "dit 8": (DIT, 8, 64),
+    "dit 32": (DIT, 32, 64),
+    "ddpm-type 63M, batch 128": (LARGE, 32, 128),
+    "ddpm-type 63M, batch 512": (LARGE, 32, 512),
+    "ddpm-type 63M, batch 1024": (LARGE, 32, 1024),
+    "ddpm-type deep 109M, batch 128": (DEEP, 32, 128),
+    "ddpm-type deep 109M, batch 512": (DEEP, 32, 512),
+}
+TASKS = ("forward", "gradient", "step")
+RIVALS = {
+    "PyTorch": (False, False),
+    "PyTorch, channels last": (False, True),
+    "PyTorch, compiled": (True, False),
+    "PyTorch, compiled, channels last": (True, True),
+}
+SCHEDULER = '{"num_train_timesteps": 1000, "beta_schedule": "linear"}'
+
+
+def write(config: dict, side: int, folder: Path) -> int:
+    """A network of random weights as a pipeline's folder; returns its number of parameters."""
+    import diffusers
+    import torch
+
+    torch.manual_seed(0)
+    given = {name: value for name, value in config.items() if name != "_class_name"}
+    model = getattr(diffusers, config["_class_name"])(sample_size=side, **given)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(
+        folder / ("unet" if config["_class_name"] == "UNet2DModel" else "transformer")
+    )
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(SCHEDULER)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def ours(folder: Path, task: str, side: int, batch: int, dtype: str):
+    """The network by this library, as a function that runs the task once."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxdiff as jd
+    from jaxdiff.training import init_state, warmup_adam
+
+    model = jd.interop.from_diffusers(folder)
+    net = model.net.clone(dtype=jnp.dtype(dtype))
+    x = jax.random.normal(jax.random.key(0), (batch, side, side, 3))
+    steps = jnp.full(batch, 500.0)
+    objective = jd.denoising(net.apply, model.process, model.parameterization)
+    if task == "forward":
+        run = jax.jit(net.apply)
+        return lambda: jax.block_until_ready(run(model.params, x, steps))
+    if task == "gradient":
+        mean = lambda params, key: jnp.mean(objective(params, key, {"x": x})[0])
+        run = jax.jit(jax.grad(mean))
+        return lambda: jax.block_until_ready(run(model.params, jax.random.key(1)))
+    optimizer = warmup_adam(1e-3, steps=10**6, clip=float("inf"), cosine=False)
+    step = jd.make_train_step(objective, optimizer, ema_decay=0.999)
+    state = init_state(model.params, optimizer, jax.random.key(1))
+
+    def run_step():
+        nonlocal state
+        state, _ = step(state, {"x": x})
+        jax.block_until_ready(state.params)
+
+    return run_step
+
+
+def theirs(folder: Path, task: str, side: int, batch: int, dtype: str, compiled: bool, last: bool):
+    """The network by diffusers and PyTorch, as a function that runs the task once."""
+    import diffusers
+    import torch
+
+    name = "unet" if (folder / "unet").is_dir() else "transformer"
+    kind = diffusers.UNet2DModel if name == "unet" else diffusers.DiTTransformer2DModel
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if last and name == "transformer":
+        raise ValueError("a Transformer has no channels to put last")
+    model = kind.from_pretrained(folder / name).to(device).train()
+    x0 = torch.randn(batch, 3, side, side, device=device)
+    if last:
+        model = model.to(memory_format=torch.channels_last)
+        x0 = x0.to(memory_format=torch.channels_last)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    labels = torch.full((batch,), 3, device=device)
+    network = torch.compile(model) if compiled else model
+    narrow = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=device), 0)
+
+    def call(x, t):
+        with narrow:
+            if name == "unet":
+                return network(x, t, return_dict=False)[0]
+            return network(x, t, class_labels=labels, return_dict=False)[0]
+
+    def loss():
+        t = torch.randint(0, 1000, (batch,), device=device)
+        noise = torch.randn_like(x0)
+        alpha = alphas[t].view(-1, 1, 1, 1)
+        x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+        return torch.mean((call(x, t).float() - noise) ** 2)
+
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
+    average = [p.detach().clone() for p in parameters]
+    middle = torch.full((batch,), 500, device=device)
+
+    def run():
+        if task == "forward":
+            with torch.no_grad():
+                call(x0, middle)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            loss().backward()
+        if task == "step":
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, parameters, 0.001)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def operations(folder: Path, side: int, batch: int) -> float:
+    """Floating-point operations of one forward pass of a batch, as XLA counts."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxdiff as jd
+
+    model = jd.interop.from_diffusers(folder)
+    x = jnp.zeros((batch, side, side, 3))
+    lowered = jax.jit(model.apply).lower(model.params, x, jnp.zeros(batch))
+    return lowered.cost_analysis()["flops"]
+
+
+def products(dtype: str, size: int = 8192):
+    """One product of two square matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    size = size if jax.default_backend() != "cpu" else 2048
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+    multiply = jax.jit(lambda a: a @ a)
+    return lambda: multiply(a).block_until_ready()
+
+
+def machine() -> str:
+    """Versions and threads."""
+    import jax
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "diffusers"))
+    device = jax.devices()[0].device_kind
+    return f"Python {platform.python_version()}, {packages}; {device}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    small = [name for name in NETWORKS if "ddpm" not in name and "128" not in name]
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=small)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    print(machine(), f"; {args.dtype}", sep="")
+    peak = take_turns({"": functools.partial(products, args.dtype)}, turns=args.turns)[""].median
+    size = 2048 if "cpu" in machine().lower() else 8192
+    peak = 2 * size**3 / peak
+    print(f"matrix products: {peak / 1e12:.3g} TFLOP/s\n")
+
+    rows = []
+    for name in args.networks:
+        config, side, batch = NETWORKS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            parameters = write(config, side, folder)
+            flops = operations(folder, side, batch)
+            for task in args.tasks:
+                work = folder, task, side, batch, args.dtype
+                makers = {"ours": functools.partial(ours, *work)}
+                for rival in args.rivals:
+                    compiled, last = RIVALS[rival]
+                    if last and config is DIT:
+                        continue
+                    makers[rival] = functools.partial(theirs, *work, compiled, last)
+                times = take_turns(makers, turns=args.turns)
+                best = min((times[r].median for r in times if r != "ours"), default=float("nan"))
+                share = flops * (1 if task == "forward" else 3) / times["ours"].median / peak
+                rows += [
+                    [
+                        f"{name} ({parameters / 1e6:.2f} M, {flops / 1e9:.3g} GFLOP)",
+                        task,
+                        who,
+                        f"{1e3 * t.median:.4g} ± {1e3 * t.spread:.2g}",
+                        f"{batch / t.median:.4g}",
+                        f"{t.first:.3g}",
+                        f"{t.peak / 2**20:.0f}",
+                        f"{t.median / best:.3f}"
+                        + (f" ({share:.0%} of peak)" if who == "ours" else ""),
+                    ]
+                    for who, t in times.items()
+                ]
+                print(table([""] * 8, rows[-len(times) :]).partition("\n---")[2], flush=True)
+    head = [
+        "network",
+        "task",
+        "by",
+        "ms",
+        "images/s",
+        "first, s",
+        "memory, MiB",
+        "over the best rival",
+    ]
+    print()
+    print(table(head, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The configs of the papers: their networks' published sizes, and what only they ask of a run."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.experiment import load_config
+from jaxdiff.recipes import image_experiment, open_images
+from jaxdiff.training import warmup_adam
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+KEY = jax.random.key(0)
+# Parameters: Song et al. 2021 and Kingma et al. 2021 by their code, as in test_unet, the latter's
+# without those of a number that is always zero. Karras et al. 2022 give 55.7 million, their code
+# exactly this, but for what it tells the network of augmentation. ADM's 295.9 million (Dhariwal and
+# Nichol 2021, table 3) with a row for no class.
+PUBLISHED = [
+    ("cifar10_ddpmpp_vp", {}, 61_804_419),
+    ("cifar10_ddpmpp_vp", {"blocks": 8}, 106_632_579),
+    ("cifar10_ncsnpp_ve", {}, 62_758_915),
+    ("cifar10_ncsnpp_ve", {"blocks": 8}, 107_587_075),
+    ("cifar10_edm", {}, 55_733_891 - 1_152),
+    ("cifar10_vdm", {}, 30_578_179 - 512),
+    ("imagenet64_adm", {}, 295_905_222),
+]
+
+
+def composed(name, **options):
+    """The run on images that nobody has to have."""
+    module = load_config(CONFIGS / f"{name}.py")
+    side = 64 if name.startswith("imagenet64") else 32
+    return module.experiment(module.Config(shape=(side, side, 3), levels=256, **options))
+
+
+@pytest.mark.parametrize(("name", "options", "parameters"), PUBLISHED)
+def test_published_networks_train_and_sample(name, options, parameters):
+    """By shapes alone: at full size, and the loss and a sample can be traced."""
+    run = composed(name, **options)
+    params = jax.eval_shape(run.init, KEY)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == pytest.approx(
+        parameters,
+        abs=2 if name == "cifar10_vdm" else 0,  # the schedule's two ends
+    )
+    shape = run.config.shape
+    batch = {"x": jnp.zeros((4, *shape), jnp.uint8), "label": jnp.zeros(4, int)}
+    if not hasattr(run.config, "num_classes"):
+        del batch["label"]
+    loss, _ = jax.eval_shape(run.objective, params, KEY, batch)
+    assert loss.shape == (4,)
+    if not options:  # the others differ in depth alone
+        sample = jax.eval_shape(lambda params: run.sample(params, KEY, 2), params)
+        assert sample.shape == (2, *shape)
+
+
+def test_rate_stays_after_the_warm_up():
+    """As published: Adam at the rate of the config from the end of the warm-up on."""
+    optimizer = warmup_adam(1e-2, steps=100, warmup=10, clip=math.inf, cosine=False)
+    params, rates = {"w": jnp.ones(3)}, []
+    state = optimizer.init(params)
+    for _ in range(40):
+        updates, state = optimizer.update({"w": jnp.full(3, 7.0)}, state, params)
+        rates.append(-float(updates["w"][0]))  # of a constant gradient, Adam's step is its rate
+    np.testing.assert_allclose(rates[:10], 1e-3 * np.arange(10), atol=1e-6)
+    np.testing.assert_allclose(rates[10:], 1e-2, rtol=1e-4)
+
+
+def test_weight_decay_is_of_matrices_alone_and_the_second_moment_as_told():
+    gradient = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
+    params = {"kernel": jnp.full((2, 2), 5.0), "bias": jnp.full(2, 5.0)}
+
+    def step(**options):
+        optimizer = warmup_adam(0.1, steps=100, cosine=False, **options)
+        return optimizer.update(gradient, optimizer.init(params), params)[0]
+
+    plain, decayed = step(), step(weight_decay=0.01)
+    np.testing.assert_array_equal(decayed["bias"], plain["bias"])
+    np.testing.assert_allclose(decayed["kernel"] - plain["kernel"], -0.1 * 0.01 * 5.0, rtol=1e-4)
+    # Two gradients, the second ten times the first: m and v by hand.
+    optimizer = warmup_adam(0.1, steps=100, cosine=False, clip=math.inf, second_moment=0.9)
+    state = optimizer.init(jnp.ones(1))
+    _, state = optimizer.update(jnp.ones(1), state)
+    update, _ = optimizer.update(10.0 * jnp.ones(1), state)
+    mean = (0.9 * 0.1 + 0.1 * 10) / (1 - 0.9**2)
+    square = (0.9 * 0.1 + 0.1 * 100) / (1 - 0.9**2)
+    np.testing.assert_allclose(update, -0.1 * mean / math.sqrt(square), rtol=1e-4)
+    for name, value in (("second_moment", 1.0), ("weight_decay", -0.1)):
+        with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+            step(**{name: value})
+
+
+def seen(flip, label_dropout, num_classes):
+    """x and label of 400 digits as the loss has them."""
+    digits = load_config(CONFIGS / "digits.py")
+    config, images, shape, _ = open_images(digits.Config(flip=flip))
+    object.__setattr__(config, "label_dropout", label_dropout)
+
+    def spy(params, key, batch):
+        return jnp.zeros(len(batch["x"])), {"batch": batch}
+
+    run = image_experiment(
+        config,
+        images,
+        loss=spy,
+        held_out_loss=spy,
+        run=lambda params, keys, **options: jnp.zeros((len(keys), *shape)),
+        grid=jnp.linspace(1.0, 0.0, 3),
+        estimate=lambda params, keys, x: jnp.zeros(len(x)),
+        place=lambda keys, x: x,
+        num_classes=num_classes,
+        init=lambda key: {},
+        process=None,
+        denoiser=lambda params: None,
+    )
+    train = images("train")
+    batch = {"x": jnp.asarray(train.x[:400])}
+    if num_classes is not None:
+        batch["label"] = jnp.asarray(train.label[:400])
+    return run, batch, run.objective({}, KEY, batch)[1]["batch"]
+
+
+def test_half_of_the_images_are_mirrored_where_asked():
+    _, batch, found = seen(flip=True, label_dropout=0.0, num_classes=None)
+    same = np.all(found["x"] == batch["x"], axis=(1, 2, 3))
+    turned = np.all(found["x"] == batch["x"][:, :, ::-1], axis=(1, 2, 3))
+    assert np.all(same | turned)
+    assert 160 < same.sum() < 240
+    _, batch, found = seen(flip=False, label_dropout=0.0, num_classes=None)
+    np.testing.assert_array_equal(found["x"], batch["x"])
+
+
+def test_labels_are_dropped_as_often_as_told_in_training_alone():
+    run, batch, found = seen(flip=False, label_dropout=0.25, num_classes=10)
+    dropped = np.asarray(found["label"]) == 10
+    assert 70 < dropped.sum() < 130
+    np.testing.assert_array_equal(found["label"][~dropped], batch["label"][~dropped])
+    assert set(run.batches()[0]) == {"x", "label"}
+    with pytest.raises(ValueError, match="labels of at most 3 classes, got 10"):
+        seen(flip=False, label_dropout=0.0, num_classes=3)[0].batches()
+    adm = load_config(CONFIGS / "imagenet64_adm.py")
+    with pytest.raises(ValueError, match=r"label_dropout must be in \[0, 1\], got 1.5"):
+        adm.Config(label_dropout=1.5)
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        adm.Config(num_classes=0)
