@@ -1,23 +1,26 @@
-"""What every test shares: strict promotion, a compilation cache, fake devices."""
+"""What every test shares: strict promotion, a compilation cache, fake devices by mark."""
 
+import functools
 import gc
 import os
+import subprocess
+import sys
 from importlib.metadata import version
 
-# Before JAX starts: four CPU devices, so that data parallelism is tested on any machine. The rest
-# is for time: most programs of the suite run once and compiling is most of its work, so code is
-# generated plainly, and passes over loops that do not come to an end are left out. For programs
-# that run long there is `oracles.optimised`.
+# Before JAX starts, and for time: most programs of the suite run once and compiling is most of its
+# work, so code is generated plainly, and passes over loops that do not come to an end are left out.
+# For programs that run long there is `oracles.optimised`.
 FLAGS = [
-    "--xla_force_host_platform_device_count=4",
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_disable_hlo_passes=while-loop-invariant-code-motion,simplify-while-loops",
 ]
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # unknown to later versions
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # A worker has a core to itself: threads of one program would only wait for each other.
+    # A worker has a core to itself: threads of one program would only wait for each other, and
+    # that busily.
     FLAGS.append("--xla_cpu_multi_thread_eigen=false")
+    os.environ.setdefault("PJRT_NPROC", "1")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,6 +40,38 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "jaxdiff-xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """Runs the tests of a file with the mark `devices(n)` in a process that has n fake devices.
+
+    The others have one: threads of devices that a program does not use wait busily, for a quarter
+    of the time.
+    """
+    mark = pyfuncitem.get_closest_marker("devices")
+    if mark is None or jax.device_count() == mark.args[0]:
+        return None
+    alike = [
+        item.nodeid
+        for item in pyfuncitem.session.items
+        if item.path == pyfuncitem.path and item.get_closest_marker("devices") == mark
+    ]
+    said = _with_devices(mark.args[0], tuple(alike), pyfuncitem.config.rootpath)
+    assert f"PASSED {pyfuncitem.nodeid}" in said.splitlines(), said
+    return True
+
+
+@functools.cache
+def _with_devices(number, tests, folder):
+    options = ["-m", "pytest", "-rp", "--durations=0", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, *options, *tests],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(number)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -315,6 +315,7 @@ def test_sweeps_compile_one_program_for_all_tolerances():
 # Over devices
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("size", [8, 11])
 def test_devices_share_a_chunk(size):
     """Eleven are cut to eight, which four devices share; the values are those of one device."""
@@ -330,6 +331,7 @@ def test_devices_share_a_chunk(size):
     np.testing.assert_allclose(rows["nll_nats"], alone["nll_nats"], atol=0.02)
 
 
+@pytest.mark.devices(4)
 def test_fewer_examples_than_devices_stay_on_one():
     rows = likelihood_rows(parts(), SHIFT, X[:3], KEY, mesh=data_mesh())
     assert len(rows["nll_nats"]) == 3

@@ -29,7 +29,7 @@ def train(net, steps):
     step = make_train_step(objective, optimizer, ema_decay=0.995)
     state = init_state(params, optimizer, jax.random.key(1))
     digits = load_images("digits", "train")
-    batches = Batches({"x": np.asarray(to_model(digits.x, digits.levels))}, 64)
+    batches = Batches({"x": np.asarray(to_model(digits.x, digits.levels))}, 32)
     losses = []
     for i in range(steps):
         state, metrics = step(state, batches[i])

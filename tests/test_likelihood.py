@@ -409,6 +409,7 @@ def test_an_example_takes_its_own_condition_along():
 # Over a mesh
 
 
+@pytest.mark.devices(4)
 def test_shards_solve_for_themselves():
     """Nothing is communicated, and with steps of its own an example is what it is alone."""
     mesh, denoise = data_mesh(), GMM5.denoiser(VP)

@@ -194,6 +194,7 @@ def test_dtypes_are_those_of_the_parameters(x64, dtype):
         assert second.ema_params["w"].dtype == dtype
 
 
+@pytest.mark.devices(4)
 def test_four_devices_do_what_one_does():
     optimizer = optax.adam(1e-2)
     states, noises = [], []
@@ -217,6 +218,7 @@ def test_four_devices_do_what_one_does():
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.devices(4)
 def test_eval_step_is_the_mean_loss_on_any_device_count():
     key, params = jax.random.key(2), network_params()
     batch = jax.tree.map(jnp.array, Data()[0])
@@ -234,6 +236,7 @@ def test_ema_decay_outside_its_range_is_refused(decay):
         make_train_step(denoising_loss, optax.sgd(0.1), ema_decay=decay)
 
 
+@pytest.mark.devices(4)
 def test_an_indivisible_batch_is_refused_before_tracing():
     def objective(params, key, batch):
         raise AssertionError("traced")
@@ -317,6 +320,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert idle.asked == []
 
 
+@pytest.mark.devices(4)
 def test_a_run_saved_on_four_devices_goes_on_on_one(tmp_path):
     whole = run(None, Data())
     run(tmp_path, Data(), steps=STEPS // 2, mesh=data_mesh())
@@ -511,6 +515,7 @@ def test_a_flipped_byte_is_caught_by_nothing_but_the_checksum(tmp_path):
         restore_ema(tmp_path, shapes)
 
 
+@pytest.mark.devices(4)
 def test_ema_is_restored_alone_and_the_folder_left_as_it_was(tmp_path):
     first, second = saved_run(tmp_path)
     shapes = jax.eval_shape(lambda: network_params(1024))
