@@ -146,10 +146,10 @@ def test_untrained_flow_and_uniform_noise_have_the_same_bound():
     """Of the same network, before it learns: both are uniform in their cells."""
     bits = {}
     for way in ("uniform", "variational"):
-        experiment = configured(dequantisation=way, eval_images=32, probes=4)
+        experiment = configured(dequantisation=way, eval_images=16, probes=4)
         params = jax.jit(experiment.init)(KEY)
         part = experiment.likelihood
-        found = part.estimate(params, jax.random.split(KEY, 32), part.examples("test", KEY))
+        found = part.estimate(params, jax.random.split(KEY, 16), part.examples("test", KEY))
         bits[way] = part.bits(-np.asarray(found.value, np.float64)).mean()
     assert bits["uniform"] == pytest.approx(bits["variational"], abs=0.03)
     assert 2.5 < bits["uniform"] < 20.0

@@ -328,10 +328,9 @@ def digits():
     state = init_state(params, optimizer, jax.random.key(1))
     images, test = (load_images("digits", split) for split in ("train", "test"))
     train = to_model(images.x, images.levels)
-    batches = Batches({"x": np.asarray(train)}, 64)
-    with oracles.optimised():
-        for i in range(300):
-            state, _ = step(state, batches[i])
+    batches = Batches({"x": np.asarray(train)}, 32)
+    for i in range(300):
+        state, _ = step(state, batches[i])
     learned = jd.NetDenoiser(state.ema_params, VP, net.apply, parameterization)
     analytic = analytic_variance(VP, learned, KEY, train[:256], TIMES)
     return Digits(to_model(test.x, test.levels)[:256], learned, analytic)
