@@ -18,13 +18,13 @@ from jaxdiff.networks.unet import (
     DDPMPP,
     NCSNPP,
     VDM,
+    Attention,
+    Norm,
+    ResBlock,
     Variant,
-    _Attention,
-    _double,
     _groups,
     _halve,
-    _Norm,
-    _ResBlock,
+    doubled,
 )
 
 VARIANTS = {
@@ -48,10 +48,10 @@ def test_a_new_residual_block_is_its_skip(scale_shift, variant):
     x = images(channels=8)
     c = jax.random.normal(KEY, (BATCH, 5))
     expected = x / math.sqrt(2) if variant.rescale else x
-    block = _ResBlock(8, 0.0, scale_shift, variant, jnp.float32)
+    block = ResBlock(8, 0.0, scale_shift, variant, jnp.float32)
     out = block.apply(block.init(KEY, x, c), x, c)
     np.testing.assert_allclose(out, expected, rtol=1e-6)
-    attention = _Attention(4, variant, jnp.float32)
+    attention = Attention(4, variant, jnp.float32)
     out = attention.apply(attention.init(KEY, x), x)
     np.testing.assert_allclose(out, expected, rtol=1e-6)
 
@@ -59,7 +59,7 @@ def test_a_new_residual_block_is_its_skip(scale_shift, variant):
 def test_attention_against_a_loop_over_heads_and_pixels():
     b, side, channels, heads = 2, 4, 8, 2
     x = jax.random.normal(KEY, (b, side, side, channels))
-    layer = _Attention(channels // heads, DDPMPP, jnp.float32)
+    layer = Attention(channels // heads, DDPMPP, jnp.float32)
     params = perturbed(layer, x)
     got = layer.apply(params, x)
 
@@ -84,7 +84,7 @@ def test_attention_against_a_loop_over_heads_and_pixels():
 )
 def test_norm_is_group_normalisation_then_scale_and_shift(channels, groups, epsilon):
     x = 1.0 + 3.0 * images(channels=channels)
-    layer = _Norm(Variant(groups=groups, epsilon=epsilon), jnp.float32)
+    layer = Norm(Variant(groups=groups, epsilon=epsilon), jnp.float32)
     params = perturbed(layer, x)
     groups = groups or _groups(channels)
     reference = nn.GroupNorm(groups, epsilon=epsilon, use_fast_variance=False)
@@ -104,7 +104,7 @@ def test_halving_averages_and_doubling_repeats():
     x = jnp.arange(15.0).reshape(1, 3, 5, 1)
     expected = [[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]
     np.testing.assert_allclose(_halve(x)[0, :, :, 0], expected)
-    up = _double(_halve(x), (3, 5))[0, :, :, 0]
+    up = doubled(_halve(x), (3, 5))[0, :, :, 0]
     np.testing.assert_allclose(up[:2, :], [[3.0, 3.0, 5.0, 5.0, 6.5]] * 2)
     np.testing.assert_allclose(up[2, :], [10.5, 10.5, 12.5, 12.5, 14.0])
 
@@ -122,10 +122,10 @@ def test_smooth_filter_is_the_textbooks():
 
     halved = along(along(x, 1, 1, 2), 2, 1, 2)
     np.testing.assert_allclose(_halve(x, smooth=True), halved, atol=1e-6)
-    doubled = along(along(x, 1, 2, 1), 2, 2, 1)
-    np.testing.assert_allclose(_double(x, (12, 16), smooth=True), doubled, atol=1e-6)
+    grown = along(along(x, 1, 2, 1), 2, 2, 1)
+    np.testing.assert_allclose(doubled(x, (12, 16), smooth=True), grown, atol=1e-6)
     # Inside the image, what is constant stays so.
-    ones = _double(_halve(jnp.ones((1, 8, 8, 1)), smooth=True), (8, 8), smooth=True)
+    ones = doubled(_halve(jnp.ones((1, 8, 8, 1)), smooth=True), (8, 8), smooth=True)
     np.testing.assert_allclose(ones[0, 3:5, 3:5], 1.0, rtol=1e-6)
 
 

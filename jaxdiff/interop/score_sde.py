@@ -354,8 +354,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is truncated or is no msgpack of flax: {error}.") from error
     if not isinstance(state, dict) or not isinstance(state.get("params_ema"), dict):
         raise ValueError(f"{path} must be a state of score_sde, but it has no params_ema.")
-    flat = cast(dict[tuple[str, ...], Any], flatten_dict(state["params_ema"]))
-    return {"/".join(map(str, name)): np.asarray(leaf) for name, leaf in flat.items()}
+    leaves = cast(dict[tuple[str, ...], Any], flatten_dict(state["params_ema"]))
+    return {"/".join(map(str, name)): np.asarray(leaf) for name, leaf in leaves.items()}
 
 
 def _places(shapes: Params, names: Mapping[str, str]) -> dict[str, Place]:

@@ -24,34 +24,13 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from jaxdiff.networks.unet import DDPM, Variant, _Attention, _double, _Norm, _wide
+from jaxdiff.networks.unet import DDPM, Attention, Norm, ResBlock, Variant, doubled, widened
 from jaxdiff.typing import Array
 
 __all__ = ["AutoencoderKL"]
 
 Image = Float[Array, "b h w c"]
 Latent = Float[Array, "b h2 w2 d"]
-
-_zeros = nn.initializers.zeros
-
-
-class _Block(nn.Module):
-    """x -> skip(x) + h(x): the U-Net's residual block without its conditioning."""
-
-    channels: int
-    variant: Variant
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Image) -> Float[Array, "b h w c2"]:
-        conv = partial(nn.Conv, self.channels, dtype=self.dtype)
-        norm = partial(_Norm, self.variant, self.dtype)
-        h = conv((3, 3), name="conv_0")(nn.silu(norm(name="norm_0")(x)))
-        h = nn.silu(norm(name="norm_1")(h))
-        h = conv((3, 3), kernel_init=_zeros, name="conv_1")(h)
-        if x.shape[-1] != self.channels:
-            x = conv((1, 1), name="skip")(x)
-        return x + h
 
 
 class _Coder(nn.Module):
@@ -64,16 +43,18 @@ class _Coder(nn.Module):
     variant: Variant
     dtype: DTypeLike
 
+    def block(self, channels: int, name: str) -> ResBlock:
+        return ResBlock(channels, 0.0, False, self.variant, self.dtype, name=name)
+
     def middle(self, h: Image) -> Image:
-        block = partial(_Block, self.channels[-1], self.variant, self.dtype)
-        h = block(name="middle_block_0")(h)
+        h = self.block(self.channels[-1], "middle_block_0")(h)
         if self.attention:
-            h = _Attention(None, self.variant, self.dtype, name="middle_attention")(h)
-        return block(name="middle_block_1")(h)
+            h = Attention(None, self.variant, self.dtype, name="middle_attention")(h)
+        return self.block(self.channels[-1], "middle_block_1")(h)
 
     def read(self, h: Image) -> Float[Array, "b h w c2"]:
-        wide = _wide(self.dtype)
-        h = nn.silu(_Norm(self.variant, wide, name="out_norm")(h))
+        wide = widened(self.dtype)
+        h = nn.silu(Norm(self.variant, wide, name="out_norm")(h))
         return nn.Conv(self.features, (3, 3), dtype=wide, name="out_conv")(h)
 
 
@@ -87,7 +68,7 @@ class _Encoder(_Coder):
             if level > 0:
                 h = conv(h.shape[-1], strides=2, padding=padding, name=f"down_{level}")(h)
             for i in range(self.blocks):
-                h = _Block(n, self.variant, self.dtype, name=f"down_{level}_block_{i}")(h)
+                h = self.block(n, f"down_{level}_block_{i}")(h)
         return self.read(self.middle(h))
 
 
@@ -98,10 +79,10 @@ class _Decoder(_Coder):
         h = self.middle(conv(self.channels[-1], name="in")(z))
         for level, n in reversed(list(enumerate(self.channels))):
             for i in range(self.blocks + 1):
-                h = _Block(n, self.variant, self.dtype, name=f"up_{level}_block_{i}")(h)
+                h = self.block(n, f"up_{level}_block_{i}")(h)
             if level > 0:
                 _, height, width, _ = h.shape
-                h = conv(n, name=f"up_{level}")(_double(h, (2 * height, 2 * width)))
+                h = conv(n, name=f"up_{level}")(doubled(h, (2 * height, 2 * width)))
         return self.read(h)
 
 
@@ -146,7 +127,7 @@ class AutoencoderKL(nn.Module):
         self.encoder = _Encoder(2 * d, *sizes)
         self.decoder = _Decoder(self.out_channels, *sizes)
         if self.use_quant_conv:
-            self.quant_conv = nn.Conv(2 * d, (1, 1), dtype=_wide(self.dtype))
+            self.quant_conv = nn.Conv(2 * d, (1, 1), dtype=widened(self.dtype))
             self.post_quant_conv = nn.Conv(d, (1, 1), dtype=self.dtype)
 
     def encode(self, x: Image) -> tuple[Latent, Latent]:

@@ -38,7 +38,20 @@ from jaxtyping import Float, Int
 from jaxdiff.networks.embeddings import Conditioning, SmoothFeatures
 from jaxdiff.typing import Array
 
-__all__ = ["ADM", "DDPM", "DDPMPP", "NCSNPP", "VDM", "UNet", "Variant"]
+__all__ = [
+    "ADM",
+    "DDPM",
+    "DDPMPP",
+    "NCSNPP",
+    "VDM",
+    "Attention",
+    "Norm",
+    "ResBlock",
+    "UNet",
+    "Variant",
+    "doubled",
+    "widened",
+]
 
 Image = Float[Array, "b h w c"]
 
@@ -83,8 +96,8 @@ ADM = Variant(rescale=False, project=False, attend_each=True, epsilon=1e-5)
 VDM = Variant(rescale=False, bias=False)
 
 
-def _wide(dtype: DTypeLike) -> DTypeLike:
-    # Statistics, softmax and the output must not suffer from a narrow computation.
+def widened(dtype: DTypeLike) -> DTypeLike:
+    """At least float32: statistics, softmax and output must not suffer from narrow computation."""
     return jnp.promote_types(jnp.float32, dtype)
 
 
@@ -115,7 +128,8 @@ def _halve(x: Image, smooth: bool = False) -> Float[Array, "b h2 w2 c"]:
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
-def _double(x: Image, shape: tuple[int, ...], smooth: bool = False) -> Float[Array, "b h2 w2 c"]:
+def doubled(x: Image, shape: tuple[int, ...], smooth: bool = False) -> Float[Array, "b h2 w2 c"]:
+    """Pixels repeated, or interpolated (smooth), to twice the sides; cropped to `shape`."""
     for axis in (1, 2):
         size = x.shape[axis]
         first = second = x
@@ -135,7 +149,7 @@ def _groups(channels: int) -> int:
     return max(g for g in range(1, max(channels // 4, 1) + 1) if g <= 32 and channels % g == 0)
 
 
-class _Norm(nn.Module):
+class Norm(nn.Module):
     """Group normalisation, adapted per example if `scale` and `shift` are given.
 
     (1 + scale) (gain (x - mean) / std + offset) + shift, in one pass over x for the statistics
@@ -152,9 +166,10 @@ class _Norm(nn.Module):
         scale: Float[Array, "b c"] | None = None,
         shift: Float[Array, "b c"] | None = None,
     ) -> Image:
+        """Return the normalised image."""
         b, h, w, c = x.shape
         groups = _groups(c) if self.variant.groups is None else self.variant.groups
-        wide = x.astype(_wide(self.dtype))
+        wide = x.astype(widened(self.dtype))
 
         def group_mean(total: Float[Array, "b c"]) -> Float[Array, "b c"]:
             mean = total.reshape(b, groups, -1).sum(-1) / (h * w * c // groups)
@@ -176,8 +191,8 @@ def _add(x: Image, h: Image, variant: Variant) -> Image:
     return (x + h) / math.sqrt(2) if variant.rescale else x + h
 
 
-class _ResBlock(nn.Module):
-    """x, c -> (skip(x) + h(x, c)) / √2."""
+class ResBlock(nn.Module):
+    """x, c -> (skip(x) + h(x, c)) / √2; without a conditioning vector c, of x alone."""
 
     channels: int
     dropout: float
@@ -187,23 +202,29 @@ class _ResBlock(nn.Module):
     resample: Callable[[Array], Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Image, condition: Float[Array, "b d"]) -> Float[Array, "b h2 w2 c2"]:
+    def __call__(
+        self, x: Image, condition: Float[Array, "b d"] | None = None
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """Return the block's image."""
         conv = partial(nn.Conv, self.channels, dtype=self.dtype)
-        norm = partial(_Norm, self.variant, self.dtype)
+        norm = partial(Norm, self.variant, self.dtype)
         h = nn.silu(norm(name="norm_0")(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv((3, 3), name="conv_0")(h)
-        inject = nn.Dense(
-            (1 + self.scale_shift) * self.channels,
-            use_bias=self.variant.bias,
-            dtype=self.dtype,
-            name="inject",
-        )
-        if self.scale_shift:
-            h = norm(name="norm_1")(h, *jnp.split(inject(condition), 2, axis=-1))
-        else:
-            h = norm(name="norm_1")(h + inject(condition)[:, None, None, :])
+        scale = shift = None
+        if condition is not None:
+            inject = nn.Dense(
+                (1 + self.scale_shift) * self.channels,
+                use_bias=self.variant.bias,
+                dtype=self.dtype,
+                name="inject",
+            )
+            if self.scale_shift:
+                scale, shift = jnp.split(inject(condition), 2, axis=-1)
+            else:
+                h = h + inject(condition)[:, None, None, :]
+        h = norm(name="norm_1")(h, scale, shift)
         h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not self.has_rng("dropout"))
         h = conv((3, 3), kernel_init=_zeros, name="conv_1")(h)
         project = self.resample is not None and self.variant.project
@@ -212,7 +233,7 @@ class _ResBlock(nn.Module):
         return _add(x, h, self.variant)
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """x -> (x + W softmax(Q Kᵀ / √d) V) / √2 over the pixels of an image."""
 
     head_width: int | None
@@ -222,11 +243,12 @@ class _Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
+        """Return the image, its pixels having attended to one another."""
         b, h, w, c = x.shape
         d = self.head_width or c // self.heads
         # Pixels as rows of one matrix: the gradient of a product with two leading axes is slow on
         # a CPU.
-        pixels = _Norm(self.variant, self.dtype, name="norm")(x).reshape(b * h * w, c)
+        pixels = Norm(self.variant, self.dtype, name="norm")(x).reshape(b * h * w, c)
 
         def project(name: str) -> Float[Array, "b n heads d"]:
             y = nn.Dense(c, dtype=self.dtype, name=name)(pixels)
@@ -299,7 +321,7 @@ class UNet(nn.Module):
     ) -> Float[Array, "b h w c2"]:
         """Return the network's output [b, h, w, c2]; no label means the null label."""
         self._check(x)
-        v, wide = self.variant, _wide(self.dtype)
+        v, wide = self.variant, widened(self.dtype)
         condition = Conditioning(
             self.condition_width or 4 * self.width,
             self.embedding,
@@ -310,14 +332,14 @@ class UNet(nn.Module):
         )
         c = condition(noise_level, label)
         block = partial(
-            nn.remat(_ResBlock) if self.remat else _ResBlock,
+            nn.remat(ResBlock) if self.remat else ResBlock,
             dropout=self.dropout,
             scale_shift=self.scale_shift,
             variant=v,
             dtype=self.dtype,
         )
         attention = partial(
-            nn.remat(_Attention) if self.remat else _Attention,
+            nn.remat(Attention) if self.remat else Attention,
             self.head_width,
             v,
             self.dtype,
@@ -329,7 +351,7 @@ class UNet(nn.Module):
             return max(h.shape[1:3]) in self.attention
 
         def read(h: Image, level: int) -> Float[Array, "b h w c2"]:
-            norm = _Norm(v, wide, name=f"out_{level}_norm")
+            norm = Norm(v, wide, name=f"out_{level}_norm")
             features = x.shape[-1] if self.out_channels is None else self.out_channels
             last = nn.Conv(
                 features, (3, 3), kernel_init=_zeros, dtype=wide, name=f"out_{level}_conv"
@@ -376,9 +398,9 @@ class UNet(nn.Module):
                     h = attention(name=f"up_{level}_attention_{i}")(h)
             if v.image_out or level == 0:
                 shown = read(h, level)
-                out = shown if out is None else shown + _double(out, shown.shape[1:3], v.smooth)
+                out = shown if out is None else shown + doubled(out, shown.shape[1:3], v.smooth)
             if level > 0:
-                double = partial(_double, shape=skips[-1].shape[1:3], smooth=v.smooth)
+                double = partial(doubled, shape=skips[-1].shape[1:3], smooth=v.smooth)
                 name = f"up_{level}"
                 if v.strided:
                     h = conv(n, name=name)(double(h))
@@ -389,7 +411,7 @@ class UNet(nn.Module):
 
     def _with_fourier(self, x: Image) -> Float[Array, "b h w c2"]:
         # In full precision: a wave of many turns magnifies the rounding of its angle.
-        wide = x.astype(_wide(self.dtype))
+        wide = x.astype(widened(self.dtype))
         angles = [2**n * jnp.pi * wide for n in self.fourier]
         waves = [wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)]
         return jnp.concatenate([wide, *waves], axis=-1)
