@@ -24,6 +24,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from jaxdiff.networks import cpu
 from jaxdiff.networks.unet import DDPM, Attention, Norm, ResBlock, Variant, doubled, widened
 from jaxdiff.typing import Array
 
@@ -55,13 +56,13 @@ class _Coder(nn.Module):
     def read(self, h: Image) -> Float[Array, "b h w c2"]:
         wide = widened(self.dtype)
         h = nn.silu(Norm(self.variant, wide, name="out_norm")(h))
-        return nn.Conv(self.features, (3, 3), dtype=wide, name="out_conv")(h)
+        return cpu.Conv(self.features, (3, 3), dtype=wide, name="out_conv")(h)
 
 
 class _Encoder(_Coder):
     @nn.compact
     def __call__(self, x: Image) -> Latent:
-        conv = partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
+        conv = partial(cpu.Conv, kernel_size=(3, 3), dtype=self.dtype)
         padding = (self.variant.padding, self.variant.padding)
         h = conv(self.channels[0], name="in")(x)
         for level, n in enumerate(self.channels):
@@ -75,7 +76,7 @@ class _Encoder(_Coder):
 class _Decoder(_Coder):
     @nn.compact
     def __call__(self, z: Latent) -> Image:
-        conv = partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
+        conv = partial(cpu.Conv, kernel_size=(3, 3), dtype=self.dtype)
         h = self.middle(conv(self.channels[-1], name="in")(z))
         for level, n in reversed(list(enumerate(self.channels))):
             for i in range(self.blocks + 1):
@@ -127,8 +128,8 @@ class AutoencoderKL(nn.Module):
         self.encoder = _Encoder(2 * d, *sizes)
         self.decoder = _Decoder(self.out_channels, *sizes)
         if self.use_quant_conv:
-            self.quant_conv = nn.Conv(2 * d, (1, 1), dtype=widened(self.dtype))
-            self.post_quant_conv = nn.Conv(d, (1, 1), dtype=self.dtype)
+            self.quant_conv = cpu.Conv(2 * d, (1, 1), dtype=widened(self.dtype))
+            self.post_quant_conv = cpu.Conv(d, (1, 1), dtype=self.dtype)
 
     def encode(self, x: Image) -> tuple[Latent, Latent]:
         """Return mean and log-variance of q(z|x), each [b, h/f, w/f, d].

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Float
 
+from jaxdiff.networks import cpu
 from jaxdiff.typing import Array
 
 __all__ = ["Dequantizer"]
@@ -51,8 +52,8 @@ class Dequantizer(nn.Module):
             inputs = [x, seen * z, jnp.broadcast_to(seen, (*x.shape[:3], 1))]
             hidden = jnp.concatenate(inputs, axis=-1)
             for _ in range(2):
-                hidden = nn.silu(nn.Conv(self.width, (3, 3))(hidden))
-            out = nn.Conv(2 * c, (3, 3), kernel_init=nn.initializers.zeros)(hidden)
+                hidden = nn.silu(cpu.Conv(self.width, (3, 3))(hidden))
+            out = cpu.Conv(2 * c, (3, 3), kernel_init=nn.initializers.zeros)(hidden)
             scale, shift = jnp.split((1.0 - seen) * out, 2, axis=-1)
             scale = self.largest * jnp.tanh(scale / self.largest)
             z = z * jnp.exp(scale) + shift

@@ -19,12 +19,12 @@ positions).
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from jaxdiff.networks import cpu
 from jaxdiff.networks.embeddings import Conditioning, SmoothFeatures
 from jaxdiff.typing import Array
 
@@ -125,7 +125,7 @@ class _Block(nn.Module):
                 )
                 for part, source in (("query", rows), ("key", others), ("value", others))
             )
-            mixed = jax.nn.dot_product_attention(query, key, value)
+            mixed = cpu.attention(query, key, value)
             return dense(mixed.reshape(b, n, width), width, f"{name}out", init)
 
         def drop(h: Array) -> Array:

@@ -35,6 +35,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from jaxdiff.networks import cpu
 from jaxdiff.networks.embeddings import Conditioning, SmoothFeatures
 from jaxdiff.typing import Array
 
@@ -206,7 +207,7 @@ class ResBlock(nn.Module):
         self, x: Image, condition: Float[Array, "b d"] | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
         """Return the block's image."""
-        conv = partial(nn.Conv, self.channels, dtype=self.dtype)
+        conv = partial(cpu.Conv, self.channels, dtype=self.dtype)
         norm = partial(Norm, self.variant, self.dtype)
         h = nn.silu(norm(name="norm_0")(x))
         if self.resample is not None:
@@ -254,7 +255,7 @@ class Attention(nn.Module):
             y = nn.Dense(c, dtype=self.dtype, name=name)(pixels)
             return y.reshape(b, h * w, c // d, d)
 
-        mixed = jax.nn.dot_product_attention(project("query"), project("key"), project("value"))
+        mixed = cpu.attention(project("query"), project("key"), project("value"))
         out = nn.Dense(c, kernel_init=_zeros, dtype=self.dtype, name="out")
         return _add(x, out(mixed.reshape(b * h * w, c)).reshape(x.shape), self.variant)
 
@@ -345,7 +346,7 @@ class UNet(nn.Module):
             self.dtype,
             self.heads,
         )
-        conv = partial(nn.Conv, kernel_size=(3, 3), dtype=self.dtype)
+        conv = partial(cpu.Conv, kernel_size=(3, 3), dtype=self.dtype)
 
         def attends(h: Image) -> bool:
             return max(h.shape[1:3]) in self.attention
@@ -353,7 +354,7 @@ class UNet(nn.Module):
         def read(h: Image, level: int) -> Float[Array, "b h w c2"]:
             norm = Norm(v, wide, name=f"out_{level}_norm")
             features = x.shape[-1] if self.out_channels is None else self.out_channels
-            last = nn.Conv(
+            last = cpu.Conv(
                 features, (3, 3), kernel_init=_zeros, dtype=wide, name=f"out_{level}_conv"
             )
             return last(nn.silu(norm(h)))

@@ -15,12 +15,12 @@ References: Bao et al. 2023, arXiv 2209.12152, section 3 (the network) and table
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from jaxdiff.networks import cpu
 from jaxdiff.networks.dit import check_patches, join_patches, split_patches
 from jaxdiff.networks.embeddings import SmoothFeatures
 from jaxdiff.typing import Array
@@ -74,7 +74,7 @@ class _Block(nn.Module):
             dense(rows, width, name, bias=False).reshape(b, n, self.heads, width // self.heads)
             for name in ("query", "key", "value")
         )
-        mixed = jax.nn.dot_product_attention(query, key, value).reshape(b, n, width)
+        mixed = cpu.attention(query, key, value).reshape(b, n, width)
         h = h + drop(dense(mixed, width, "out"))
         rows = nn.gelu(dense(normed(h, "norm_2"), 4 * width, "mlp_in"), approximate=False)
         h = h + drop(dense(drop(rows), width, "mlp_out"))
@@ -157,7 +157,7 @@ class UViT(nn.Module):
         channels = x.shape[-1] if self.out_channels is None else self.out_channels
         pixels = nn.Dense(self.patch**2 * channels, kernel_init=_normal, dtype=wide, name="out")
         image = join_patches(pixels(h.reshape(-1, self.width)), x.shape, self.patch)
-        last = nn.Conv(
+        last = cpu.Conv(
             channels, (3, 3), kernel_init=nn.initializers.zeros, dtype=wide, name="out_conv"
         )
         return last(image)

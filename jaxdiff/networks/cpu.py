@@ -1,0 +1,175 @@
+"""What a CPU computes faster in another way than a GPU or TPU: convolutions and attention.
+
+Every function here is an operation of JAX's, equal to it up to rounding, and on a GPU or TPU it is
+that very operation. What each earned on two cores is printed by `tests/benchmarks/cures.py`.
+
+*Convolutions.* XLA's CPU compiler runs a convolution fast only in its standard form, and brings
+others into that form only outside of loops; JAX's gradients of a convolution are not in it. So
+
+    y[b, r, c] = Σ_{i,j} x[b, r + i - k/2, c + j - k/2] w[i, j]
+
+has these transposes on a CPU, each a convolution in the standard form, of a kernel that is as large
+as the image in the second:
+
+    dx = dy * w',           w'[i, j] = w[k-1-i, k-1-j]ᵀ
+    dw = (xᵀ * dyᵀ)ᵀ        xᵀ: channels as the batch, the batch as channels; dyᵀ: likewise
+
+They are linear maps, not gradients by hand, so forward mode, second derivatives and batching stay.
+
+*Attention.* Between few tokens of many examples, the products are small and the weights do not fit
+the cache: three plain batched products for a few examples at a time, computed again for gradients.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Float
+
+from jaxdiff.typing import Array
+
+__all__ = ["Conv", "attention", "convolve"]
+
+Image = Float[Array, "b h w c"]
+Convolved = Float[Array, "b h w c2"]
+Kernel = Float[Array, "k k c c2"]
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+CACHE = 2**21
+"""Bytes of the attention weights that are computed at a time."""
+
+
+def convolve(x: Image, kernel: Array, strides: Any, padding: Any, **options: Any) -> Array:
+    """`jax.lax.conv_general_dilated`, with the layout and the options that Flax's `Conv` gives it.
+
+    Only a convolution that keeps the sides, with zeros around and an odd square kernel, is another
+    one than JAX's; one with a kernel of one pixel is a product of matrices.
+    """
+    height, width, _, features = kernel.shape
+    half = height // 2
+    plain = (
+        height == width
+        and height % 2 == 1
+        and tuple(strides) == (1, 1)
+        and (padding == "SAME" or list(padding) == [(half, half)] * 2)
+        and all(set(options[name]) == {1} for name in ("lhs_dilation", "rhs_dilation"))
+        and options["feature_group_count"] == 1
+        and options["precision"] is None
+    )
+    if not plain:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    if height == 1:
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], features)
+    return _convolution.bind(x, kernel)
+
+
+Conv = partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
+"""Flax's `Conv`, by `convolve`."""
+
+
+def _forward(x: Image, kernel: Kernel) -> Convolved:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+
+
+def _image_gradient(dy: Convolved, kernel: Kernel) -> Image:
+    """dx of `_forward`."""
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    # Else the compiler takes the turn into the convolution again.
+    return _convolution.bind(dy, jax.lax.optimization_barrier(turned))
+
+
+def _kernel_gradient(dy: Convolved, x: Image, size: int) -> Kernel:
+    """dw of `_forward`."""
+    half = size // 2
+    turned = jax.lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        dy.transpose(1, 2, 0, 3),
+        (1, 1),
+        [(half, half)] * 2,
+        dimension_numbers=LAYOUT,
+    )
+    return turned.transpose(1, 2, 0, 3)
+
+
+def _summed(gradient: Array, aval: Any) -> Array:
+    """The sum over those devices of a `shard_map` among which only the gradient differs."""
+    one = jnp.ones_like(gradient, shape=())
+    return jax.linear_transpose(lambda a: a * one, aval)(gradient)[0]
+
+
+def _transpose_image(dy: Convolved, x: Any, kernel: Kernel) -> Image:
+    def products(dy: Convolved, kernel: Kernel) -> Image:
+        return _summed(_image_gradient(dy, kernel), x.aval)
+
+    def plain(dy: Convolved, kernel: Kernel) -> Image:
+        return jax.linear_transpose(lambda x: _forward(x, kernel), x.aval)(dy)[0]
+
+    return jax.lax.platform_dependent(dy, kernel, cpu=products, default=plain)
+
+
+def _transpose_kernel(dy: Convolved, x: Image, kernel: Any) -> Kernel:
+    def products(dy: Convolved, x: Image) -> Kernel:
+        return _summed(_kernel_gradient(dy, x, kernel.aval.shape[0]), kernel.aval)
+
+    def plain(dy: Convolved, x: Image) -> Kernel:
+        return jax.linear_transpose(lambda kernel: _forward(x, kernel), kernel.aval)(dy)[0]
+
+    return jax.lax.platform_dependent(dy, x, cpu=products, default=plain)
+
+
+def _batched(operands: tuple[Array, Array], axes: tuple[int | None, int | None]) -> tuple[Any, int]:
+    (x, kernel), (of_x, of_kernel) = operands, axes
+    if of_x is None or of_kernel is not None:
+        return jax.vmap(_forward, axes)(x, kernel), 0
+    x = jnp.moveaxis(x, of_x, 0)
+    flat = _convolution.bind(x.reshape(-1, *x.shape[2:]), kernel)
+    return flat.reshape(*x.shape[:2], *flat.shape[1:]), 0
+
+
+_convolution = Primitive("convolution")
+_convolution.def_impl(jax.jit(_forward))
+_convolution.def_abstract_eval(lambda x, kernel: jax.make_jaxpr(_forward)(x, kernel).out_avals[0])
+mlir.register_lowering(_convolution, mlir.lower_fun(_forward, multiple_results=False))
+ad.defbilinear(_convolution, _transpose_image, _transpose_kernel)
+batching.primitive_batchers[_convolution] = _batched
+
+
+def attention(
+    query: Float[Array, "b n heads d"],
+    key: Float[Array, "b m heads d"],
+    value: Float[Array, "b m heads d"],
+) -> Float[Array, "b n heads d"]:
+    """softmax(Q Kᵀ / √d) V, as `jax.nn.dot_product_attention`; the softmax in float32 at least."""
+    fused = jax.nn.dot_product_attention
+    return jax.lax.platform_dependent(query, key, value, cpu=_by_slices, default=fused)
+
+
+def _by_slices(query: Array, key: Array, value: Array) -> Array:
+    b, n, heads, _ = query.shape
+    slices, weights = 1, 4 * b * heads * n * key.shape[1]
+    while b % (2 * slices) == 0 and weights > CACHE * slices:
+        slices *= 2
+    if slices == 1:
+        return _attend(query, key, value)
+
+    # A slice takes every so-manieth example: a share of each device's, where they are shared out.
+    def sliced(a: Array) -> Array:
+        return a.reshape(b // slices, slices, *a.shape[1:]).swapaxes(0, 1)
+
+    attend = jax.checkpoint(_attend)
+    out = jax.lax.map(lambda args: attend(*args), (sliced(query), sliced(key), sliced(value)))
+    return out.swapaxes(0, 1).reshape(query.shape)
+
+
+def _attend(query: Array, key: Array, value: Array) -> Array:
+    b, n, heads, d = query.shape
+    wide = jnp.promote_types(jnp.float32, query.dtype)
+    q, k, v = (a.swapaxes(1, 2).reshape(b * heads, -1, d) for a in (query, key, value))
+    logits = jnp.matmul(q / math.sqrt(d), k.swapaxes(1, 2), preferred_element_type=wide)
+    mixed = jax.nn.softmax(logits, axis=-1).astype(v.dtype) @ v
+    return mixed.reshape(b, heads, n, d).swapaxes(1, 2)

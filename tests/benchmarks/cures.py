@@ -1,0 +1,204 @@
+"""What the CPU's own convolutions and attention (`jaxdiff/networks/cpu.py`) earn, each by itself.
+
+    python tests/benchmarks/cures.py
+
+First single operations: JAX's and ours, alone and inside a `scan` of several, forward and the
+gradients, time per call. Then whole training steps of a U-Net with one cure left out at a time, and
+with the C library told to keep the memory that a step gave back (the settings are in the README).
+Each contender has a process of its own and they take turns; `ratio` is over the plain one's median.
+"""
+
+import argparse
+import functools
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.turns import table, take_turns
+
+# Batch, side, channels in and out.
+CONVOLUTIONS = [(128, 8, 32, 32), (64, 16, 64, 64), (64, 32, 32, 32)]
+# Batch, tokens, heads, width of a head.
+ATTENTIONS = [(64, 16, 1, 64), (64, 256, 1, 64), (64, 256, 4, 32)]
+# Side of the images, batch.
+STEPS = [(8, 64), (32, 64)]
+CALLS = 4
+"""Of a loop."""
+KEPT = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_MAX_": 0, "MALLOC_TRIM_THRESHOLD_": 2**40}
+
+
+def convolution(shape: tuple[int, int, int, int], wanted: str, by: str, loop: bool):
+    """Forward, or a gradient, of a 3 × 3 convolution."""
+    import jax
+
+    from jaxdiff.networks import cpu
+
+    b, side, channels, features = shape
+    options = {
+        "lhs_dilation": (1, 1),
+        "rhs_dilation": (1, 1),
+        "feature_group_count": 1,
+        "precision": None,
+        "dimension_numbers": jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)),
+    }
+    run = cpu.convolve if by == "ours" else jax.lax.conv_general_dilated
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (b, side, side, channels))
+    kernel = jax.random.normal(keys[1], (3, 3, channels, features))
+    dy = jax.random.normal(keys[2], (b, side, side, features))
+
+    def once(x, kernel, dy):
+        forward = lambda x, kernel: run(x, kernel, (1, 1), "SAME", **options)
+        if wanted == "forward":
+            return forward(x, kernel)
+        argument = 0 if wanted == "images' gradient" else 1
+        return jax.vjp(forward, x, kernel)[1](dy)[argument]
+
+    return timed(once, (x, kernel, dy), loop)
+
+
+def attention(shape: tuple[int, int, int, int], wanted: str, by: str, loop: bool):
+    """Forward, or all gradients, of attention."""
+    import jax
+
+    from jaxdiff.networks import cpu
+
+    run = cpu.attention if by == "ours" else jax.nn.dot_product_attention
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    def once(q, k, v, dy):
+        return run(q, k, v) if wanted == "forward" else jax.vjp(run, q, k, v)[1](dy)
+
+    return timed(once, tuple(jax.random.normal(key, shape) for key in keys), loop)
+
+
+def timed(once, arrays, loop: bool):
+    """A function that runs `once`, or a loop of several."""
+    import jax
+    import jax.numpy as jnp
+
+    def several(*arrays):
+        def body(total, scale):
+            scaled = [scale * a for a in arrays]
+            return jax.tree.map(jnp.add, total, once(*scaled)), None
+
+        return jax.lax.scan(body, once(*arrays), jnp.arange(2.0, CALLS + 1))[0]
+
+    run = jax.jit(several if loop else once)
+    return lambda: jax.block_until_ready(run(*arrays))
+
+
+def step(side: int, batch: int, plain: tuple[str, ...]):
+    """A training step of a U-Net, with JAX's own of the operations in `plain`."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxdiff as jd
+    from jaxdiff.networks import UNet, cpu
+    from jaxdiff.training import init_state, warmup_adam
+
+    if "convolutions" in plain:
+        cpu.convolve = jax.lax.conv_general_dilated
+    if "attention" in plain:
+        cpu.attention = jax.nn.dot_product_attention
+    net = UNet(32, (1, 2), 2, attention=(side // 2,))
+    keys = jax.random.split(jax.random.key(0), 3)
+    process = jd.Gaussian(jd.linear_beta(0.1, 20.0))
+    x = jax.random.normal(keys[0], (batch, side, side, 3))
+    optimizer = warmup_adam(1e-3, steps=10**6)
+    objective = jd.denoising(net.apply, process, jd.epsilon())
+    run = jd.make_train_step(objective, optimizer, ema_decay=0.999)
+    params = jax.jit(net.init)(keys[1], x, jnp.zeros(batch))
+    state = init_state(params, optimizer, keys[2])
+
+    def once():
+        nonlocal state
+        state, _ = run(state, {"x": x})
+        jax.block_until_ready(state.params)
+
+    return once
+
+
+def operations(turns: int) -> list[list[str]]:
+    """Rows of the first table."""
+    rows = []
+    jobs = [
+        (convolution, s, ("forward", "images' gradient", "kernel's gradient")) for s in CONVOLUTIONS
+    ]
+    jobs += [(attention, s, ("forward", "gradients")) for s in ATTENTIONS]
+    for work, shape, tasks in jobs:
+        for task in tasks:
+            makers = {
+                (by, loop): functools.partial(work, shape, task, by, loop)
+                for by in ("JAX", "ours")
+                for loop in (False, True)
+            }
+            times = take_turns(makers, turns=turns)
+            plain = times["JAX", False].median
+            for (by, loop), t in times.items():
+                calls = CALLS if loop else 1
+                rows.append(
+                    [
+                        f"{work.__name__} {' × '.join(map(str, shape))}",
+                        task,
+                        by + (", in a loop" if loop else ""),
+                        f"{1e3 * t.median / calls:.3g} ± {1e3 * t.spread / calls:.1g}",
+                        f"{t.median / calls / plain:.2f}",
+                    ]
+                )
+    return rows
+
+
+def steps(turns: int) -> list[list[str]]:
+    """Rows of the second table."""
+    rows = []
+    without = {
+        "neither": ("convolutions", "attention"),
+        "convolutions": ("attention",),
+        "attention": ("convolutions",),
+        "both": (),
+    }
+    for side, batch in STEPS:
+        times = {}
+        for kept in (False, True):
+            for name, value in KEPT.items():
+                os.environ.pop(name, None)
+                if kept:
+                    os.environ[name] = str(value)
+            makers = {
+                name + (", memory kept" if kept else ""): functools.partial(
+                    step, side, batch, plain
+                )
+                for name, plain in without.items()
+                if not kept or name in ("neither", "both")
+            }
+            times |= take_turns(makers, turns=turns)
+        plain = times["neither"].median
+        rows += [
+            [
+                f"{side} × {side}, batch {batch}",
+                name,
+                f"{1e3 * t.median:.4g} ± {1e3 * t.spread:.2g}",
+                f"{t.median / plain:.2f}",
+                f"{t.peak / 2**20:.0f}",
+            ]
+            for name, t in times.items()
+        ]
+    return rows
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--turns", type=int, default=15)
+    args = parser.parse_args()
+    print(f"Python {platform.python_version()}, jax {version('jax')}, {os.cpu_count()} cores\n")
+    print(table(["operation", "of", "by", "ms", "ratio"], operations(args.turns)), "\n", flush=True)
+    print(table(["images", "cures", "ms", "ratio", "memory, MiB"], steps(args.turns)))
+
+
+if __name__ == "__main__":
+    main()
