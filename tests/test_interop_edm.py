@@ -475,9 +475,9 @@ def test_every_tensor_of_the_published_sizes_has_its_place(name, monkeypatch):
     with torch.device("meta"):
         model = kind(**options)
     tensors = {key: np.broadcast_to(np.float32(), t.shape) for key, t in model.state_dict().items()}
-    _, make = edm.MODELS[kind.__name__]
-    layout = make({**edm.MODELS[kind.__name__][0], **options})
-    x = jnp.zeros((1, options["img_resolution"], options["img_resolution"], 3))
+    defaults, _, make = edm.MODELS[kind.__name__]
+    layout = make({**defaults, **options})
+    x = jnp.zeros((1, options["img_resolution"], options["img_resolution"], layout.channels))
     shapes = base.shapes_of(layout.net, x, jnp.zeros(1))
     monkeypatch.setattr(base, "jnp", SimpleNamespace(asarray=lambda array: array))
     found = base.from_torch(layout.to_ours(tensors), shapes, layout.names, name)

@@ -23,8 +23,8 @@ from jaxdiff.networks.unet import (
     ResBlock,
     Variant,
     _groups,
-    _halve,
     doubled,
+    halved,
 )
 
 VARIANTS = {
@@ -103,8 +103,8 @@ def test_groups_divide_the_channels():
 def test_halving_averages_and_doubling_repeats():
     x = jnp.arange(15.0).reshape(1, 3, 5, 1)
     expected = [[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]
-    np.testing.assert_allclose(_halve(x)[0, :, :, 0], expected)
-    up = doubled(_halve(x), (3, 5))[0, :, :, 0]
+    np.testing.assert_allclose(halved(x)[0, :, :, 0], expected)
+    up = doubled(halved(x), (3, 5))[0, :, :, 0]
     np.testing.assert_allclose(up[:2, :], [[3.0, 3.0, 5.0, 5.0, 6.5]] * 2)
     np.testing.assert_allclose(up[2, :], [10.5, 10.5, 12.5, 12.5, 14.0])
 
@@ -121,11 +121,11 @@ def test_smooth_filter_is_the_textbooks():
         return whole.take(range(3 - up, 3 - up + size * down, down), axis=axis)
 
     halved = along(along(x, 1, 1, 2), 2, 1, 2)
-    np.testing.assert_allclose(_halve(x, smooth=True), halved, atol=1e-6)
+    np.testing.assert_allclose(halved(x, smooth=True), halved, atol=1e-6)
     grown = along(along(x, 1, 2, 1), 2, 2, 1)
     np.testing.assert_allclose(doubled(x, (12, 16), smooth=True), grown, atol=1e-6)
     # Inside the image, what is constant stays so.
-    ones = doubled(_halve(jnp.ones((1, 8, 8, 1)), smooth=True), (8, 8), smooth=True)
+    ones = doubled(halved(jnp.ones((1, 8, 8, 1)), smooth=True), (8, 8), smooth=True)
     np.testing.assert_allclose(ones[0, 3:5, 3:5], 1.0, rtol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Network pickles of EDM, read without running anything that they hold.
+"""Network pickles of EDM and EDM2, read without running anything that they hold.
 
 A pickle is a program that calls what it names. EDM's name a function that is handed the source code
 of an object's class and its state, and runs the one to rebuild the other. Here that name, and the
@@ -6,8 +6,9 @@ few more that such a file needs, stand for functions of our own, which keep the 
 state and the numbers; every other name is refused. What a network is, is known from its class and
 from the arguments that it was made with, which are part of its state.
 
-References: Karras et al. 2022, arXiv 2206.00364, table 1 and appendix F; the layout of the file
-as torch_utils/persistence.py of github.com/NVlabs/edm writes it, version 6.
+References: Karras et al. 2022, arXiv 2206.00364, table 1 and appendix F; Karras et al. 2024, arXiv
+2312.02696, figure 21 (EDM2); the layout of the file as torch_utils/persistence.py of
+github.com/NVlabs/edm and edm2 writes it, version 6.
 """
 
 import io
@@ -21,11 +22,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from jaxdiff import grids, parameterizations, schedules
 from jaxdiff.interop.base import Pretrained, from_torch, setting, shapes_of
 from jaxdiff.interop.score_sde import LogSigma, RawEpsilon
 from jaxdiff.networks import unet
+from jaxdiff.networks.edm2 import EDM2
 from jaxdiff.networks.embeddings import GaussianFourier, Sinusoidal
 from jaxdiff.parameterizations import Parameterization
 from jaxdiff.processes.gaussian import Gaussian
@@ -65,7 +68,25 @@ DHARIWAL = {
     "dropout": 0.10,
     "label_dropout": 0,
 }
-ALWAYS_GIVEN = {"img_resolution", "in_channels", "out_channels"}
+PRESERVING = {
+    "model_channels": 192,
+    "channel_mult": [1, 2, 3, 4],
+    "channel_mult_noise": None,
+    "channel_mult_emb": None,
+    "num_blocks": 3,
+    "attn_resolutions": [16, 8],
+    "label_balance": 0.5,
+    "concat_balance": 0.5,
+    "resample_filter": [1, 1],
+    "channels_per_head": 64,
+    "dropout": 0,
+    "res_balance": 0.3,
+    "attn_balance": 0.3,
+    "clip_act": 256,
+}
+# What their constructors must be told.
+IN_AND_OUT = {"img_resolution", "in_channels", "out_channels"}
+IMAGE_AND_LABEL = {"img_resolution", "img_channels", "label_dim"}
 
 RESIDUAL = {
     "norm_0": "norm0",
@@ -81,6 +102,16 @@ ATTENTION = {
     "key": "qkv.key",
     "value": "qkv.value",
     "out": "proj",
+}
+PRESERVING_BLOCK = {
+    "conv_0": "conv_res0",
+    "inject": "emb_linear",
+    "conv_1": "conv_res1",
+    "skip": "conv_skip",
+    "query": "attn_qkv.query",
+    "key": "attn_qkv.key",
+    "value": "attn_qkv.value",
+    "out": "attn_proj",
 }
 
 
@@ -160,6 +191,11 @@ GLOBALS: Mapping[str, Any] = {
     "numpy.dtype": _Object,
     "numpy.core.multiarray.scalar": _Object,
     "numpy._core.multiarray.scalar": _Object,
+    # EDM2 keeps its encoder of images beside the network, with arrays of its own.
+    "dnnlib.util.EasyDict": dict,
+    "numpy.ndarray": _Object,
+    "numpy.core.multiarray._reconstruct": _Object,
+    "numpy._core.multiarray._reconstruct": _Object,
 }
 
 
@@ -171,7 +207,8 @@ def _read(path: Path) -> tuple[_Object, _Object]:
     try:
         with path.open("rb") as file:
             outer = _Unpickler(file).load()["ema"]
-            inner = outer.state["_modules"]["model"]
+            modules = outer.state["_modules"]
+            inner = modules["unet"] if outer.kind == "Precond" else modules["model"]
             kinds = outer.kind, inner.kind
     except damage as error:
         raise ValueError(f"{path} is truncated or is no network pickle: {error!r}.") from error
@@ -179,6 +216,8 @@ def _read(path: Path) -> tuple[_Object, _Object]:
         if kind not in allowed:
             words = " or ".join(allowed)
             raise ValueError(f"{path} must have a network of class {words} there, got {kind}.")
+    if (outer.kind == "Precond") != (inner.kind == "UNet"):
+        raise ValueError(f"{path} has a {inner.kind} in a {outer.kind}: that is neither's place.")
     return outer, inner
 
 
@@ -199,11 +238,13 @@ class Layout(NamedTuple):
 
     Attributes:
         net: the network.
+        channels: of the images.
         names: where each module is found, once `to_ours` has been applied.
         to_ours: from their tensors to those that differ from our parameters by names alone.
     """
 
-    net: unet.UNet
+    net: nn.Module
+    channels: int
     names: Names
     to_ours: Callable[[Tensors], Tensors]
 
@@ -213,28 +254,21 @@ one_of = partial(setting, source="the pickle")
 
 def _settings(model: _Object) -> Settings:
     """The arguments that a network was made with, and the defaults of the others."""
-    defaults, given = MODELS[model.kind][0], model.state.get("_init_kwargs") or {}
-    if missing := ALWAYS_GIVEN - given.keys():
+    defaults, required, _ = MODELS[model.kind]
+    given = model.state.get("_init_kwargs") or {}
+    if missing := required - given.keys():
         raise ValueError(f"{', '.join(sorted(missing))} must be given by name in the pickle.")
-    if unknown := given.keys() - defaults.keys() - ALWAYS_GIVEN:
+    if unknown := given.keys() - defaults.keys() - required:
         raise ValueError(
             f"settings must be those of {model.kind}, got {', '.join(sorted(unknown))} as well."
         )
     return {**defaults, **given}
 
 
-def _names(net: unet.UNet, side: int, norm: str, conv: str) -> dict[str, str]:
-    """Where each module of ours is found in their state, the last two by the names given."""
+def _names(net: unet.UNet | EDM2, side: int, residual: Names, attention: Names) -> dict[str, str]:
+    """Where the modules inside our blocks, and outside any, are found in their state."""
     sides = [f"{side >> level}x{side >> level}" for level in range(len(net.multipliers))]
-    names = {
-        "in": f"enc.{sides[0]}_conv",
-        "condition/Dense_0": "map_layer0",
-        "condition/Dense_1": "map_layer1",
-        "condition/Embed_0": "map_label",
-        "embedding": "map_noise",
-        "out_0_norm": norm,
-        "out_0_conv": conv,
-    }
+    names = {"in": f"enc.{sides[0]}_conv"}
     residuals = {
         "middle_block_0": f"dec.{sides[-1]}_in0",
         "middle_block_1": f"dec.{sides[-1]}_in1",
@@ -249,10 +283,23 @@ def _names(net: unet.UNet, side: int, norm: str, conv: str) -> dict[str, str]:
             for way, part in (("down", "enc"), ("up", "dec")):
                 residuals[f"{way}_{level}_block_{i}"] = f"{part}.{name}_block{i}"
                 attentions[f"{way}_{level}_attention_{i}"] = f"{part}.{name}_block{i}"
-    for modules, table in ((residuals, RESIDUAL), (attentions, ATTENTION)):
+    for modules, table in ((residuals, residual), (attentions, attention)):
         for ours, theirs in modules.items():
+            names[ours] = theirs
             names |= {f"{ours}/{a}": f"{theirs}.{b}" for a, b in table.items()}
     return names
+
+
+def _unet_names(net: unet.UNet, side: int, norm: str, conv: str) -> dict[str, str]:
+    """All of a network of EDM's, its last two modules by the names given."""
+    return _names(net, side, RESIDUAL, ATTENTION) | {
+        "condition/Dense_0": "map_layer0",
+        "condition/Dense_1": "map_layer1",
+        "condition/Embed_0": "map_label",
+        "embedding": "map_noise",
+        "out_0_norm": norm,
+        "out_0_conv": conv,
+    }
 
 
 def _to_ours(tensors: Tensors) -> dict[str, np.ndarray]:
@@ -262,12 +309,12 @@ def _to_ours(tensors: Tensors) -> dict[str, np.ndarray]:
         *_, module, leaf = "", *name.split(".")
         if leaf == "resample_filter" or module == "map_augment":
             continue
-        if module == "qkv":
+        if module in ("qkv", "attn_qkv"):
             # Channel by channel: a query, a key, a value.
             for i, part in enumerate(("query", "key", "value")):
                 found[f"{name.removesuffix(leaf)}{part}.{leaf}"] = tensor[i::3].squeeze()
         else:
-            found[name] = tensor.squeeze() if module == "proj" else tensor
+            found[name] = tensor.squeeze() if module in ("proj", "attn_proj") else tensor
     return found
 
 
@@ -287,7 +334,7 @@ def _song(settings: Settings) -> Layout:
         multipliers=tuple(settings["channel_mult"]),
         blocks=settings["num_blocks"],
         attention=tuple(settings["attn_resolutions"]),
-        dropout=settings["dropout"],
+        dropout=float(settings["dropout"]),
         embedding=GaussianFourier(features) if fourier else Sinusoidal(features),
         num_classes=classes or None,
         variant=unet.Variant(
@@ -308,7 +355,8 @@ def _song(settings: Settings) -> Layout:
         return found
 
     last = f"dec.{side}x{side}_aux"
-    return Layout(net, _names(net, side, f"{last}_norm", f"{last}_conv"), to_ours)
+    names = _unet_names(net, side, f"{last}_norm", f"{last}_conv")
+    return Layout(net, settings["in_channels"], names, to_ours)
 
 
 def _dhariwal(settings: Settings) -> Layout:
@@ -326,7 +374,7 @@ def _dhariwal(settings: Settings) -> Layout:
         blocks=settings["num_blocks"],
         attention=tuple(settings["attn_resolutions"]),
         head_width=64,
-        dropout=settings["dropout"],
+        dropout=float(settings["dropout"]),
         embedding=Sinusoidal(width, max_period=1e4 ** ((half - 1) / half)),
         scale_shift=True,
         num_classes=classes or None,
@@ -344,8 +392,48 @@ def _dhariwal(settings: Settings) -> Layout:
             found["map_label.weight"] = np.pad(table.T, ((0, 1), (0, 0)))
         return found
 
-    names = _names(net, settings["img_resolution"], "out_norm", "out_conv")
-    return Layout(net, names, to_ours)
+    names = _unet_names(net, settings["img_resolution"], "out_norm", "out_conv")
+    return Layout(net, settings["in_channels"], names, to_ours)
+
+
+def _preserving(settings: Settings) -> Layout:
+    """EDM2."""
+    one_of(settings, "channel_mult_noise", None)
+    one_of(settings, "channel_mult_emb", None)
+    one_of(settings, "resample_filter", [1, 1])
+    one_of(settings, "clip_act", 256)
+    net = EDM2(
+        width=settings["model_channels"],
+        multipliers=tuple(settings["channel_mult"]),
+        blocks=settings["num_blocks"],
+        attention=tuple(settings["attn_resolutions"]),
+        head_width=settings["channels_per_head"],
+        dropout=float(settings["dropout"]),
+        num_classes=settings["label_dim"] or None,
+        class_balance=settings["label_balance"],
+        skip_balance=settings["concat_balance"],
+        residual_balance=settings["res_balance"],
+        attention_balance=settings["attn_balance"],
+    )
+
+    def to_ours(tensors: Tensors) -> Tensors:
+        found = {
+            name.replace("emb_gain", "weight").replace("out_gain", "out_gain.weight"): tensor
+            for name, tensor in _to_ours(tensors).items()
+        }
+        waves = "emb_fourier.freqs", "emb_fourier.phases"
+        if found.keys() >= set(waves):
+            found["emb_fourier.weight"] = np.stack([found.pop(name) for name in waves], axis=1)
+        return found
+
+    names = _names(net, settings["img_resolution"], PRESERVING_BLOCK, {}) | {
+        "embedding": "emb_fourier",
+        "noise": "emb_noise",
+        "label": "emb_label",
+        "out": "out_conv",
+        "": "out_gain",
+    }
+    return Layout(net, settings["img_channels"], names, to_ours)
 
 
 # The process
@@ -360,6 +448,13 @@ def _edm(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
     )
     steps = 18 if settings["img_resolution"] <= 32 else 40
     return Gaussian(schedules.edm(lowest, highest)), parameterization, grids.uniform(steps - 1)
+
+
+def _edm2(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
+    parameterization = parameterizations.edm(
+        settings["sigma_data"], noise_level=parameterizations.quarter_log_sigma
+    )
+    return Gaussian(schedules.edm(0.002, 80.0)), parameterization, grids.uniform(31)
 
 
 def _vp(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
@@ -377,11 +472,12 @@ def _ve(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
     return Gaussian(schedule), parameterization, grids.uniform(999)
 
 
-MODELS: Mapping[str, tuple[Settings, Callable[[Settings], Layout]]] = {
-    "SongUNet": (SONG, _song),
-    "DhariwalUNet": (DHARIWAL, _dhariwal),
+MODELS: Mapping[str, tuple[Settings, set[str], Callable[[Settings], Layout]]] = {
+    "SongUNet": (SONG, IN_AND_OUT, _song),
+    "DhariwalUNet": (DHARIWAL, IN_AND_OUT, _dhariwal),
+    "UNet": (PRESERVING, IMAGE_AND_LABEL, _preserving),
 }
-PRECONDITIONS = {"EDMPrecond": _edm, "VPPrecond": _vp, "VEPrecond": _ve}
+PRECONDITIONS = {"EDMPrecond": _edm, "VPPrecond": _vp, "VEPrecond": _ve, "Precond": _edm2}
 CLASSES = {
     *MODELS,
     *PRECONDITIONS,
@@ -396,15 +492,22 @@ CLASSES = {
     "VPLoss",
     "VELoss",
     "AugmentPipe",
+    "Block",
+    "MPConv",
+    "MPFourier",
+    "EDM2Loss",
+    "StandardRGBEncoder",
+    "StabilityVAEEncoder",
 }
 
 
 def from_edm(path: str | Path) -> Pretrained:
-    """A network pickle of EDM, such as edm-cifar10-32x32-uncond-vp.pkl.
+    """A network pickle of EDM or EDM2, such as edm-cifar10-32x32-uncond-vp.pkl.
 
     Nothing in the file is run: it may name the classes and functions of such a network alone. The
-    networks are DDPM++, NCSN++ and ADM; what the augmentation of the training images told them is
-    left out, as in sampling, and so are dropout of labels and float16.
+    networks are DDPM++, NCSN++, ADM and EDM2's; what the augmentation of the training images told
+    them is left out, as in sampling, and so are dropout of labels, float16 and EDM2's estimate of
+    its own loss. Those of EDM2 at 512 × 512 are of latents: the autoencoder is not in the file.
 
     Args:
         path: the file; its entry "ema" is read.
@@ -412,7 +515,8 @@ def from_edm(path: str | Path) -> Pretrained:
     Returns:
         The denoiser, in float32. Under EDM's preconditioning its process has the noise levels
         0.002 … 80, and its grid those of the paper's deterministic sampler, 18 at 32 × 32 and 40
-        above. The sampler's last step, from 0.002 to no noise, is the denoiser's mean at time 0.
+        above (32 for EDM2). The sampler's last step, from 0.002 to no noise, is the denoiser's mean
+        at time 0.
         Under those of VP and VE, it has the processes of Song et al. 2021 and 1000 times.
 
     Raises:
@@ -420,13 +524,14 @@ def from_edm(path: str | Path) -> Pretrained:
             or the tensors that are missing, unknown or of another shape; if there is no such file,
             or if it is truncated.
 
-    References: Karras et al. 2022, arXiv 2206.00364, table 1, algorithm 1 and appendix F.
+    References: Karras et al. 2022, arXiv 2206.00364, table 1, algorithm 1 and appendix F; Karras et
+        al. 2024, arXiv 2312.02696, appendix B.
     """
     path = Path(path)
     outer, model = _read(path)
     settings = _settings(model)
-    layout = MODELS[model.kind][1](settings)
-    side, channels = settings["img_resolution"], settings["in_channels"]
+    layout = MODELS[model.kind][-1](settings)
+    side, channels = settings["img_resolution"], layout.channels
     shapes = shapes_of(layout.net, jnp.zeros((1, side, side, channels)), jnp.zeros(1))
     params = from_torch(layout.to_ours(_tensors(model)), shapes, layout.names, str(path))
     process, parameterization, grid = PRECONDITIONS[outer.kind](outer.state)

@@ -9,6 +9,7 @@ only if a random key named "dropout" is given: `apply(..., rngs={"dropout": key}
 from jaxdiff.networks.autoencoder import AutoencoderKL as AutoencoderKL
 from jaxdiff.networks.dequantizer import Dequantizer as Dequantizer
 from jaxdiff.networks.dit import DiT as DiT
+from jaxdiff.networks.edm2 import EDM2 as EDM2
 from jaxdiff.networks.embeddings import GaussianFourier as GaussianFourier
 from jaxdiff.networks.embeddings import Sinusoidal as Sinusoidal
 from jaxdiff.networks.embeddings import SmoothFeatures as SmoothFeatures
@@ -21,6 +22,7 @@ from jaxdiff.networks.unet import UNet as UNet
 from jaxdiff.networks.uvit import UViT as UViT
 
 __all__ = [
+    "EDM2",
     "MLP",
     "AutoencoderKL",
     "Conservative",

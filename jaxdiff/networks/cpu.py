@@ -44,7 +44,9 @@ CACHE = 2**21
 """Bytes of the attention weights that are computed at a time."""
 
 
-def convolve(x: Image, kernel: Array, strides: Any, padding: Any, **options: Any) -> Array:
+def convolve(
+    x: Image, kernel: Array, strides: Any = (1, 1), padding: Any = "SAME", **options: Any
+) -> Array:
     """`jax.lax.conv_general_dilated`, with the layout and the options that Flax's `Conv` gives it.
 
     Only a convolution that keeps the sides, with zeros around and an odd square kernel, is another
@@ -57,11 +59,12 @@ def convolve(x: Image, kernel: Array, strides: Any, padding: Any, **options: Any
         and height % 2 == 1
         and tuple(strides) == (1, 1)
         and (padding == "SAME" or list(padding) == [(half, half)] * 2)
-        and all(set(options[name]) == {1} for name in ("lhs_dilation", "rhs_dilation"))
-        and options["feature_group_count"] == 1
-        and options["precision"] is None
+        and all(set(options.get(name) or [1]) == {1} for name in ("lhs_dilation", "rhs_dilation"))
+        and options.get("feature_group_count", 1) == 1
+        and options.get("precision") is None
     )
     if not plain:
+        options = {"dimension_numbers": LAYOUT} | options
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     if height == 1:
         return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], features)

@@ -51,6 +51,7 @@ __all__ = [
     "UNet",
     "Variant",
     "doubled",
+    "halved",
     "widened",
 ]
 
@@ -121,7 +122,8 @@ def _filtered(x: Image, padding: int, stride: int) -> Float[Array, "b h2 w2 c"]:
     return x
 
 
-def _halve(x: Image, smooth: bool = False) -> Float[Array, "b h2 w2 c"]:
+def halved(x: Image, smooth: bool = False) -> Float[Array, "b h2 w2 c"]:
+    """Means of 2 × 2 pixels, or every other one after the filter (smooth); odd sides are padded."""
     x = _even(x)
     if smooth:
         return _filtered(x, padding=1, stride=2)
@@ -370,7 +372,7 @@ class UNet(nn.Module):
                     down = conv(before, strides=2, padding=(v.padding, v.padding), name=name)
                     h = down(_even(h))
                 else:
-                    h = block(before, resample=partial(_halve, smooth=v.smooth), name=name)(h, c)
+                    h = block(before, resample=partial(halved, smooth=v.smooth), name=name)(h, c)
                 if v.image_in == "residual":
                     image = _even(image)
                     image = _filtered(image, padding=2, stride=1) if v.smooth else image
@@ -378,7 +380,7 @@ class UNet(nn.Module):
                     shown = conv(before, strides=2, padding=padding, name=f"{name}_image")
                     h = image = _add(shown(image), h, v)
                 if v.image_in == "skip":
-                    image = _halve(image, v.smooth)
+                    image = halved(image, v.smooth)
                     h = h + conv(before, kernel_size=(1, 1), name=f"{name}_image")(image)
                 skips.append(h)
             for i in range(self.blocks):

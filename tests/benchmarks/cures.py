@@ -37,13 +37,6 @@ def convolution(shape: tuple[int, int, int, int], wanted: str, by: str, loop: bo
     from jaxdiff.networks import cpu
 
     b, side, channels, features = shape
-    options = {
-        "lhs_dilation": (1, 1),
-        "rhs_dilation": (1, 1),
-        "feature_group_count": 1,
-        "precision": None,
-        "dimension_numbers": jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)),
-    }
     run = cpu.convolve if by == "ours" else jax.lax.conv_general_dilated
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (b, side, side, channels))
@@ -51,7 +44,7 @@ def convolution(shape: tuple[int, int, int, int], wanted: str, by: str, loop: bo
     dy = jax.random.normal(keys[2], (b, side, side, features))
 
     def once(x, kernel, dy):
-        forward = lambda x, kernel: run(x, kernel, (1, 1), "SAME", **options)
+        forward = lambda x, k: run(x, k, (1, 1), "SAME", dimension_numbers=cpu.LAYOUT)
         if wanted == "forward":
             return forward(x, kernel)
         argument = 0 if wanted == "images' gradient" else 1
