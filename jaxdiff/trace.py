@@ -119,8 +119,9 @@ def inner(a: Float[Array, "b ..."], b: Float[Array, "b ..."]) -> Float[Array, "b
 def _backwards(field: Callable[[Array], Any], x: Array) -> bool:
     """Whether derivatives are cheaper backwards, where D of them are wanted.
 
-    For perceptrons of more than a few dimensions they are. Of a convolution they are not on a CPU,
-    where its transpose is many times slower inside a loop.
+    For perceptrons of more than a few dimensions they are. Of convolutions they are not on a CPU:
+    the transposes of `networks` cost as much as forwards or a third more, JAX's many times more.
     """
-    convolves = "conv_general_dilated" in str(jax.make_jaxpr(field)(x))
+    operations = str(jax.make_jaxpr(field)(x))
+    convolves = "conv_general_dilated" in operations or "convolution" in operations
     return x[0].size > 8 and not (convolves and jax.default_backend() == "cpu")

@@ -246,7 +246,7 @@ def test_divergence_is_the_trace_of_the_jacobian(kind):
     def field(x):
         return jax.vmap(lambda x, x0: VP.velocity(x, x0, t))(x, denoise(x, t).mean), None
 
-    # Of convolutions, the transposes are many times slower on a CPU.
+    # Of convolutions, the transposes are slower on a CPU.
     assert trace._backwards(field, x) == (kind == "mlp" or jax.default_backend() != "cpu")
     assert not trace._backwards(lambda x: (jnp.tanh(x), None), jnp.zeros((2, 8)))
 

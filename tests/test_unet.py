@@ -120,8 +120,8 @@ def test_smooth_filter_is_the_textbooks():
         whole = scipy.signal.upfirdn(up * taps, np.asarray(x, float), up, 1, axis=axis)
         return whole.take(range(3 - up, 3 - up + size * down, down), axis=axis)
 
-    halved = along(along(x, 1, 1, 2), 2, 1, 2)
-    np.testing.assert_allclose(halved(x, smooth=True), halved, atol=1e-6)
+    shrunk = along(along(x, 1, 1, 2), 2, 1, 2)
+    np.testing.assert_allclose(halved(x, smooth=True), shrunk, atol=1e-6)
     grown = along(along(x, 1, 2, 1), 2, 2, 1)
     np.testing.assert_allclose(doubled(x, (12, 16), smooth=True), grown, atol=1e-6)
     # Inside the image, what is constant stays so.
