@@ -9,8 +9,9 @@ folder once; PyTorch loads them as they are, eager, compiled and with the channe
 noise, forward, gradient, Adam, exponential average. Each contender has a process of its own and
 they take turns; medians are compared. The table is markdown; `ours / best` is our time over that of
 the best of PyTorch's. XLA gives every step's memory back and asks for it again: `--keep-memory`
-tells the C library to keep it, for all contenders. Convolutions use one core: `ours, a device a
-core` shares the batch out over as many CPU devices. With an accelerator that JAX and PyTorch see,
+tells the C library to keep it, for all contenders. XLA's convolutions use one core: `ours, a device
+a core` shares the batch out over as many CPU devices, and `ours, by Eigen` leaves convolutions to
+another library in XLA, which uses all. With an accelerator that JAX and PyTorch see,
 both use it (`--dtype bfloat16` for either). Beside it stands the share of the rate of one large
 product of matrices.
 """
@@ -70,7 +71,16 @@ NETWORKS = {
     "ddpm-type deep 109M, batch 128": (DEEP, 32, 128),
     "ddpm-type deep 109M, batch 512": (DEEP, 32, 512),
 }
-OURS = {"ours": False, "ours, a device a core": True}
+# Name ↦ whether each core is a device, whether XLA leaves convolutions to Eigen.
+OURS = {
+    "ours": (False, False),
+    "ours, a device a core": (True, False),
+    "ours, by Eigen": (False, True),
+}
+EIGEN = (
+    "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_DOT"
+    " --xla_cpu_prefer_vector_width=512"
+)
 KEPT = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_MAX_": 0, "MALLOC_TRIM_THRESHOLD_": 2**40}
 TASKS = ("forward", "gradient", "step")
 RIVALS = {
@@ -101,10 +111,12 @@ def write(config: dict, side: int, folder: Path) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def ours(folder: Path, task: str, side: int, batch: int, dtype: str, shared: bool):
+def ours(folder: Path, task: str, side: int, batch: int, dtype: str, shared: bool, eigen: bool):
     """The network by this library, as a function that runs the task once."""
     if shared:
         os.environ["JAX_NUM_CPU_DEVICES"] = str(os.cpu_count())
+    if eigen:
+        os.environ["XLA_FLAGS"] = EIGEN
     import jax
     import jax.numpy as jnp
 
@@ -255,9 +267,9 @@ def main() -> None:
             for task in args.tasks:
                 work = folder, task, side, batch, args.dtype
                 makers = {
-                    who: functools.partial(ours, *work, shared)
-                    for who, shared in OURS.items()
-                    if not shared or "cpu" in device
+                    who: functools.partial(ours, *work, *settings)
+                    for who, settings in OURS.items()
+                    if not any(settings) or "cpu" in device
                 }
                 for rival in args.rivals:
                     compiled, last = RIVALS[rival]
