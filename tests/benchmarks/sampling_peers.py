@@ -12,6 +12,7 @@ its own framework: what the loop costs.
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import sys
@@ -41,7 +42,8 @@ def ours(folder: Path, side: int, dtype: str):
     import jaxdiff as jd
 
     model = jd.interop.from_diffusers(folder)
-    model = model.replace(apply=model.net.clone(dtype=jnp.dtype(dtype)).apply)
+    narrow = model.net.clone(dtype=jnp.dtype(dtype))
+    model = dataclasses.replace(model, apply=narrow.apply)
     x = jnp.asarray(np.load(folder / "noise.npy")).transpose(0, 2, 3, 1)
     grid = jnp.asarray([*LEVELS, 0]) / TRAINED
     draw = jax.jit(lambda m, x: jd.sample(jd.DDIM(m.process), m, grid, jax.random.key(0), x))
@@ -167,7 +169,7 @@ def main() -> None:
             apart = {name: np.abs(np.load(folder / f"{name}.npy") - reference) for name in times}
             bare = folder, "forward", side, IMAGES, args.dtype
             calls = {
-                OURS: functools.partial(training.ours, *bare),
+                OURS: functools.partial(training.ours, *bare, False, False),
                 "eager": functools.partial(training.theirs, *bare, False, False),
                 "compiled": functools.partial(training.theirs, *bare, True, False),
             }
