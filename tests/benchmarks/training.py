@@ -103,6 +103,9 @@ def write(config: dict, side: int, folder: Path) -> int:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
+    # The DiT of the paper embeds step and class once, diffusers' in every block.
+    for block in getattr(model, "transformer_blocks", []):
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
     model.save_pretrained(
         folder / ("unet" if config["_class_name"] == "UNet2DModel" else "transformer")
     )
@@ -293,7 +296,7 @@ def main() -> None:
                     ]
                     for who, t in times.items()
                 ]
-                print(table([""] * 8, rows[-len(times) :]).partition("\n---")[2], flush=True)
+                print(*(" | ".join(row) for row in rows[-len(times) :]), sep="\n", flush=True)
     head = [
         "network",
         "task",
