@@ -405,15 +405,13 @@ def error(found, expected):
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_outputs_and_gradients_are_the_same(name, pairs):
-    """Relative to the greatest: outputs to 1e-5, gradients to 1e-4."""
-    theirs, ours = pairs(name)
+def compare(network, ours):
+    """Theirs against ours, relative to the greatest: outputs to 1e-5, gradients to 1e-4."""
     classes = ours.net.num_classes
     labels = () if classes is None else (jnp.asarray(LABELS),)
     one_hot = None if classes is None else torch.eye(classes)[LABELS]
     x = channels_first(X).requires_grad_()
-    out = theirs.model(x, torch.tensor(LEVELS), one_hot)
+    out = network(x, torch.tensor(LEVELS), one_hot)
     (out * channels_first(PROBE)).sum().backward()
 
     def run(x):
@@ -423,6 +421,12 @@ def test_outputs_and_gradients_are_the_same(name, pairs):
     slope, found = jax.jit(jax.grad(run, has_aux=True))(jnp.asarray(X))
     assert error(found, channels_last(out)) < 1e-5
     assert error(slope, channels_last(x.grad)) < 1e-4
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_outputs_and_gradients_are_the_same(name, pairs):
+    theirs, ours = pairs(name)
+    compare(theirs.model, ours)
 
 
 @pytest.mark.parametrize("name", ["DDPM++ with classes", "ADM"])

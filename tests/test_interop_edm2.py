@@ -12,13 +12,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the test extra")
 
 from test_interop_edm import (
-    LABELS,
     LEVELS,
-    PROBE,
     Recorded,
     X,
     channels_first,
     channels_last,
+    compare,
     error,
     saved,
 )
@@ -232,22 +231,8 @@ def pairs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_outputs_and_gradients_are_the_same(name, pairs):
-    """Relative to the greatest: outputs to 1e-5, gradients to 1e-4."""
     theirs, ours = pairs(name)
-    classes = ours.net.num_classes
-    labels = () if classes is None else (jnp.asarray(LABELS),)
-    one_hot = None if classes is None else torch.eye(classes)[LABELS]
-    x = channels_first(X).requires_grad_()
-    out = theirs.unet(x, torch.tensor(LEVELS), one_hot)
-    (out * channels_first(PROBE)).sum().backward()
-
-    def run(x):
-        found = ours.net.apply(ours.params, x, jnp.asarray(LEVELS), *labels)
-        return jnp.sum(PROBE * found), found
-
-    slope, found = jax.jit(jax.grad(run, has_aux=True))(jnp.asarray(X))
-    assert error(found, channels_last(out)) < 1e-5
-    assert error(slope, channels_last(x.grad)) < 1e-4
+    compare(theirs.unet, ours)
 
 
 def test_no_label_is_no_class(pairs):

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.training import KEPT
 from benchmarks.turns import table, take_turns
 
 # Batch, side, channels in and out.
@@ -27,7 +28,6 @@ ATTENTIONS = [(64, 16, 1, 64), (64, 256, 1, 64), (64, 256, 4, 32)]
 STEPS = [(8, 64), (32, 64)]
 CALLS = 4
 """Of a loop."""
-KEPT = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_MAX_": 0, "MALLOC_TRIM_THRESHOLD_": 2**40}
 
 
 def convolution(shape: tuple[int, int, int, int], wanted: str, by: str, loop: bool):

@@ -7,13 +7,12 @@ The networks are diffusers' UNet2DModel and DiTTransformer2DModel, with random w
 folder once; PyTorch loads them as they are, eager, compiled and with the channels last, and we by
 `jd.interop.from_diffusers`, so parameters and operations are the same. A step is the whole of it:
 noise, forward, gradient, Adam, exponential average. Each contender has a process of its own and
-they take turns; medians are compared. The table is markdown; `ours / best` is our time over that of
-the best of PyTorch's. XLA gives every step's memory back and asks for it again: `--keep-memory`
-tells the C library to keep it, for all contenders. XLA's convolutions use one core: `ours, a device
-a core` shares the batch out over as many CPU devices, and `ours, by Eigen` leaves convolutions to
-another library in XLA, which uses all. With an accelerator that JAX and PyTorch see,
-both use it (`--dtype bfloat16` for either). Beside it stands the share of the rate of one large
-product of matrices.
+they take turns; medians are compared. The table is markdown; its last column is the time over
+that of the best of PyTorch's, and the share of the rate of one large product of matrices. XLA gives
+every step's memory back and asks for it again: `--keep-memory` tells the C library to keep it, for
+all contenders. XLA's convolutions use one core: `ours, a device a core` shares the batch out over
+as many CPU devices, and `ours, by Eigen` leaves convolutions to another library in XLA, which uses
+all. With an accelerator that JAX and PyTorch see, both use it (`--dtype bfloat16` for either).
 """
 
 import argparse
@@ -92,10 +91,11 @@ RIVALS = {
 SCHEDULER = '{"num_train_timesteps": 1000, "beta_schedule": "linear"}'
 
 
-def write(config: dict, side: int, folder: Path) -> int:
-    """A network of random weights as a pipeline's folder; returns its number of parameters."""
+def write(config: dict, side: int, folder: Path) -> tuple[int, int]:
+    """A network of random weights as a pipeline's folder; its parameters, operations an image."""
     import diffusers
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
     given = {name: value for name, value in config.items() if name != "_class_name"}
@@ -111,7 +111,11 @@ def write(config: dict, side: int, folder: Path) -> int:
     )
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(SCHEDULER)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    labels = {"class_labels": torch.zeros(1, dtype=int)} if hasattr(model, "pos_embed") else {}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, side, side), torch.zeros(1, dtype=int), **labels)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return parameters, counter.get_total_flops()
 
 
 def ours(folder: Path, task: str, side: int, batch: int, dtype: str, shared: bool, eigen: bool):
@@ -207,19 +211,6 @@ def theirs(folder: Path, task: str, side: int, batch: int, dtype: str, compiled:
     return run
 
 
-def operations(folder: Path, side: int, batch: int) -> float:
-    """Floating-point operations of one forward pass of a batch, as XLA counts."""
-    import jax
-    import jax.numpy as jnp
-
-    import jaxdiff as jd
-
-    model = jd.interop.from_diffusers(folder)
-    # Of one example: of a loop over several, the count is of one round.
-    lowered = jax.jit(model.apply).lower(model.params, jnp.zeros((1, side, side, 3)), jnp.zeros(1))
-    return batch * lowered.cost_analysis()["flops"]
-
-
 def products(dtype: str, size: int = 8192):
     """One product of two square matrices."""
     import jax
@@ -265,8 +256,8 @@ def main() -> None:
         config, side, batch = NETWORKS[name]
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            parameters = write(config, side, folder)
-            flops = operations(folder, side, batch)
+            parameters, flops = write(config, side, folder)
+            flops *= batch
             for task in args.tasks:
                 work = folder, task, side, batch, args.dtype
                 makers = {
