@@ -1,6 +1,7 @@
 """The CPU's own convolutions and attention against JAX's, whose formulas they are."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ KEY = jax.random.key(0)
 SHAPES = pytest.mark.parametrize(
     "shape", [(8, 6, 10, 3, 5, 3), (3, 5, 7, 4, 2, 5), (1, 8, 8, 6, 6, 1)], ids=str
 )
+DOUBLED = pytest.mark.parametrize("doubled", [False, True], ids=["", "doubled"])
 
 
 def close(ours, theirs, rtol=1e-5):
@@ -23,15 +25,19 @@ def close(ours, theirs, rtol=1e-5):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
 
 
-def both(size=3, features=5, **options):
+def both(size=3, features=5, doubled=False, **options):
     """Our convolution and Flax's, as functions of image and kernel."""
-    layers = (
-        layer(features, (size, size), use_bias=False, **options) for layer in (cpu.Conv, nn.Conv)
-    )
-    return [
+    make = partial(nn.Conv, features, (size, size), use_bias=False, **options)
+    ours, plain = (
         lambda x, kernel, layer=layer: layer.apply({"params": {"kernel": kernel}}, x)
-        for layer in layers
-    ]
+        for layer in (
+            (cpu.DoubledConv if doubled else cpu.Conv)(*make.args, **make.keywords),
+            make(),
+        )
+    )
+    if not doubled:
+        return ours, plain
+    return ours, lambda x, kernel: plain(x.repeat(2, axis=1).repeat(2, axis=2), kernel)
 
 
 def arrays(shape):
@@ -46,8 +52,11 @@ def energy(f):
 
 
 @SHAPES
-def test_convolution_and_all_its_derivatives_are_jaxs(shape):
-    ours, plain = both(shape[-1], shape[-2])
+@DOUBLED
+def test_convolution_and_all_its_derivatives_are_jaxs(shape, doubled):
+    if doubled and shape[-1] != 3:
+        pytest.skip("only 3 × 3 convolutions are folded")
+    ours, plain = both(shape[-1], shape[-2], doubled)
     x, kernel = arrays(shape)
     dx, dk = jnp.cos(3 * x), jnp.sin(5 * kernel)
 
@@ -65,13 +74,15 @@ def test_convolution_and_all_its_derivatives_are_jaxs(shape):
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (3, 1)], ids=str)
-def test_batched_convolution_is_jaxs(axes):
+@DOUBLED
+def test_batched_convolution_is_jaxs(axes, doubled):
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
     many = [
         a if axis is None else jnp.stack([a, 2 * a, a**2], axis)
         for a, axis in zip((x, kernel), axes, strict=True)
     ]
-    close(*(jax.vmap(jax.grad(energy(f), (0, 1)), axes)(*many) for f in both()))
+    grads = (jax.vmap(jax.grad(energy(f), (0, 1)), axes)(*many) for f in both(doubled=doubled))
+    close(*grads)
 
 
 @pytest.mark.parametrize(
@@ -95,16 +106,19 @@ def test_other_convolutions_are_jaxs(options):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_convolution_is_jaxs(dtype):
+@DOUBLED
+def test_narrow_convolution_is_jaxs(dtype, doubled):
     x, kernel = (a.astype(dtype) for a in arrays((8, 6, 10, 3, 5, 3)))
-    ours, plain = (jax.grad(energy(f), (0, 1))(x, kernel) for f in both(dtype=dtype))
+    convolutions = both(doubled=doubled, dtype=dtype)
+    ours, plain = (jax.grad(energy(f), (0, 1))(x, kernel) for f in convolutions)
     assert [a.dtype for a in ours] == [dtype, dtype]
     close([a.astype(float) for a in ours], [a.astype(float) for a in plain], rtol=0.02)
 
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("shared", [(True, False), (False, True), (True, True)], ids=str)
-def test_convolution_in_a_shard_map(shared):
+@DOUBLED
+def test_convolution_in_a_shard_map(shared, doubled):
     """With the sum over devices where JAX has it: in the gradient of what all devices share."""
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
     x = x.reshape(4, 2, *x.shape[1:])
@@ -119,10 +133,11 @@ def test_convolution_in_a_shard_map(shared):
         mapped = jax.shard_map(share, mesh=data_mesh(), in_specs=specs, out_specs=specs)
         return jax.jit(mapped)(x, kernel)
 
-    close(*(gradients(f) for f in both()))
+    close(*(gradients(f) for f in both(doubled=doubled)))
 
 
-def test_convolutions_of_a_loop_have_the_form_that_is_fast():
+@DOUBLED
+def test_convolutions_of_a_loop_have_the_form_that_is_fast(doubled):
     """XLA's CPU compiler runs only this form by its fast kernels inside of a loop."""
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
 
@@ -140,13 +155,27 @@ def test_convolutions_of_a_loop_have_the_form_that_is_fast():
         ]
         return len(lines), len(slow)
 
-    ours, plain = both()
-    assert form(ours) == (3, 0)
+    ours, plain = both(doubled=doubled)
+    assert form(ours) == (12 if doubled else 3, 0)
     assert form(plain)[1] > 0  # Else our own form is no longer needed.
 
 
+def test_a_doubled_image_costs_four_ninths():
+    x, kernel = arrays((8, 6, 10, 3, 5, 3))
+    shapes = re.compile(r"tensor<(\d)x(\d)x3x5xf32>\) -> tensor<8x(\d+)x(\d+)x5xf32>")
+
+    def products(f):
+        text = jax.jit(f).trace(x, kernel).lower(lowering_platforms=("cpu",)).as_text()
+        lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+        return sum(np.prod([int(n) for n in shapes.search(line).groups()]) for line in lines)
+
+    ours, plain = (products(f) for f in both(doubled=True))
+    assert 9 * ours == 4 * plain
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_elsewhere_the_programs_are_jaxs(platform):
+@DOUBLED
+def test_elsewhere_the_programs_are_jaxs(platform, doubled):
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
 
     def convolutions(f):
@@ -154,9 +183,12 @@ def test_elsewhere_the_programs_are_jaxs(platform):
         text = program.lower(lowering_platforms=(platform,)).as_text()
         return sorted(re.findall(r"stablehlo.convolution.*(dim_numbers = .*)", text))
 
-    ours, plain = (convolutions(f) for f in both())
+    ours, plain = (convolutions(f) for f in both(doubled=doubled))
     assert ours == plain
     assert len(plain) == 3
+    barrier = jax.jit(jax.grad(lambda x: jnp.sin(cpu.barrier(x)).sum())).trace(x)
+    assert "barrier" not in barrier.lower(lowering_platforms=(platform,)).as_text()
+    assert "barrier" in barrier.lower(lowering_platforms=("cpu",)).as_text()
 
     q = jax.random.normal(KEY, (64, 128, 2, 4))
     program = jax.jit(jax.grad(lambda q: cpu.attention(q, q, q).sum())).trace(q)

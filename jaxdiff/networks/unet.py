@@ -105,6 +105,8 @@ def widened(dtype: DTypeLike) -> DTypeLike:
 
 def _even(x: Image) -> Float[Array, "b h2 w2 c"]:
     _, h, w, _ = x.shape
+    if h % 2 == w % 2 == 0:
+        return x
     return jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
 
 
@@ -152,15 +154,25 @@ def _groups(channels: int) -> int:
     return max(g for g in range(1, max(channels // 4, 1) + 1) if g <= 32 and channels % g == 0)
 
 
+@partial(jax.checkpoint, static_argnums=(3, 4))
+def _scaled(
+    x: Image, gain: Float[Array, "b c"], offset: Float[Array, "b c"], silu: bool, dtype: DTypeLike
+) -> Image:
+    """gain x + offset, or its SiLU; computed again for gradients, for which x alone is kept."""
+    y = x.astype(gain.dtype) * gain[:, None, None, :] + offset[:, None, None, :]
+    return (nn.silu(y) if silu else y).astype(dtype)
+
+
 class Norm(nn.Module):
-    """Group normalisation, adapted per example if `scale` and `shift` are given.
+    """Group normalisation, adapted per example if `scale` and `shift` are given; then SiLU or not.
 
     (1 + scale) (gain (x - mean) / std + offset) + shift, in one pass over x for the statistics
-    (sums of x and of x², in float32) and one for the result.
+    (sums of x and of x², in float32) and one for the result, SiLU included.
     """
 
     variant: Variant
     dtype: DTypeLike
+    silu: bool = False
 
     @nn.compact
     def __call__(
@@ -187,7 +199,7 @@ class Norm(nn.Module):
             gain, offset = gain * (1 + scale), offset * (1 + scale)
         if shift is not None:
             offset = offset + shift
-        return (wide * gain[:, None, None, :] + offset[:, None, None, :]).astype(self.dtype)
+        return _scaled(x, gain, offset, self.silu, self.dtype)
 
 
 def _add(x: Image, h: Image, variant: Variant) -> Image:
@@ -209,9 +221,10 @@ class ResBlock(nn.Module):
         self, x: Image, condition: Float[Array, "b d"] | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
         """Return the block's image."""
+        x = cpu.barrier(x)
         conv = partial(cpu.Conv, self.channels, dtype=self.dtype)
-        norm = partial(Norm, self.variant, self.dtype)
-        h = nn.silu(norm(name="norm_0")(x))
+        norm = partial(Norm, self.variant, self.dtype, silu=True)
+        h = norm(name="norm_0")(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv((3, 3), name="conv_0")(h)
@@ -228,7 +241,7 @@ class ResBlock(nn.Module):
             else:
                 h = h + inject(condition)[:, None, None, :]
         h = norm(name="norm_1")(h, scale, shift)
-        h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not self.has_rng("dropout"))
+        h = nn.Dropout(self.dropout)(h, deterministic=not self.has_rng("dropout"))
         h = conv((3, 3), kernel_init=_zeros, name="conv_1")(h)
         project = self.resample is not None and self.variant.project
         if project or x.shape[-1] != self.channels:
@@ -247,6 +260,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Image) -> Image:
         """Return the image, its pixels having attended to one another."""
+        x = cpu.barrier(x)
         b, h, w, c = x.shape
         d = self.head_width or c // self.heads
         # Pixels as rows of one matrix: the gradient of a product with two leading axes is slow on
@@ -354,12 +368,12 @@ class UNet(nn.Module):
             return max(h.shape[1:3]) in self.attention
 
         def read(h: Image, level: int) -> Float[Array, "b h w c2"]:
-            norm = Norm(v, wide, name=f"out_{level}_norm")
+            norm = Norm(v, wide, silu=True, name=f"out_{level}_norm")
             features = x.shape[-1] if self.out_channels is None else self.out_channels
             last = cpu.Conv(
                 features, (3, 3), kernel_init=_zeros, dtype=wide, name=f"out_{level}_conv"
             )
-            return last(nn.silu(norm(h)))
+            return last(norm(h))
 
         channels = [m * self.width for m in self.multipliers]
         image = x.astype(self.dtype)
@@ -405,7 +419,10 @@ class UNet(nn.Module):
             if level > 0:
                 double = partial(doubled, shape=skips[-1].shape[1:3], smooth=v.smooth)
                 name = f"up_{level}"
-                if v.strided:
+                exact = tuple(2 * side for side in h.shape[1:3]) == skips[-1].shape[1:3]
+                if v.strided and exact and not v.smooth:
+                    h = cpu.DoubledConv(n, (3, 3), dtype=self.dtype, name=name)(h)
+                elif v.strided:
                     h = conv(n, name=name)(double(h))
                 else:
                     h = block(n, resample=double, name=name)(h, c)

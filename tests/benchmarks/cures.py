@@ -1,11 +1,12 @@
-"""What the CPU's own convolutions and attention (`jaxdiff/networks/cpu.py`) earn, each by itself.
+"""What the CPU's own operations (`jaxdiff/networks/cpu.py`) earn, each by itself.
 
     python tests/benchmarks/cures.py
 
 First single operations: JAX's and ours, alone and inside a `scan` of several, forward and the
-gradients, time per call. Then whole training steps of a U-Net with one cure left out at a time, and
-with the C library told to keep the memory that a step gave back (the settings are in the README).
-Each contender has a process of its own and they take turns; `ratio` is over the plain one's median.
+gradients, time per call. Then whole training steps of DDPM's U-Net: all cures, a device a core and
+the memory kept in large pages (the settings are in the README), and then one of these left out at a
+time; `ratio` is over the median with all. Each contender has a process of its own and they take
+turns.
 """
 
 import argparse
@@ -24,6 +25,16 @@ from benchmarks.turns import table, take_turns
 CONVOLUTIONS = [(128, 8, 32, 32), (64, 16, 64, 64), (64, 32, 32, 32)]
 # Batch, tokens, heads, width of a head.
 ATTENTIONS = [(64, 16, 1, 64), (64, 256, 1, 64), (64, 256, 4, 32)]
+# What a training step is without.
+WITHOUT = (
+    "nothing",
+    "convolutions' gradients",
+    "attention by slices",
+    "folded doubling",
+    "barriers",
+    "SiLU again for gradients",
+    "a device a core",
+)
 # Side of the images, batch.
 STEPS = [(8, 64), (32, 64)]
 CALLS = 4
@@ -84,32 +95,44 @@ def timed(once, arrays, loop: bool):
     return lambda: jax.block_until_ready(run(*arrays))
 
 
-def step(side: int, batch: int, plain: tuple[str, ...]):
-    """A training step of a U-Net, with JAX's own of the operations in `plain`."""
+def step(side: int, batch: int, without: str):
+    """A training step of a U-Net, with JAX's own of one operation."""
+    if without != "a device a core":
+        os.environ["JAX_NUM_CPU_DEVICES"] = str(os.cpu_count())
     import jax
     import jax.numpy as jnp
 
     import jaxdiff as jd
-    from jaxdiff.networks import UNet, cpu
+    from jaxdiff.networks import UNet, cpu, unet
     from jaxdiff.training import init_state, warmup_adam
 
-    if "convolutions" in plain:
+    if without == "convolutions' gradients":
         cpu.convolve = jax.lax.conv_general_dilated
-    if "attention" in plain:
+    if without == "attention by slices":
         cpu.attention = jax.nn.dot_product_attention
-    net = UNet(32, (1, 2), 2, attention=(side // 2,))
+    if without == "folded doubling":
+        cpu.DoubledConv = lambda *args, **kw: (
+            lambda h: cpu.Conv(*args, **kw)(unet.doubled(h, tuple(2 * n for n in h.shape[1:3])))
+        )
+    if without == "barriers":
+        cpu.barrier = lambda x: x
+    if without == "SiLU again for gradients":
+        unet._scaled = unet._scaled.__wrapped__
+    net = UNet(32, (1, 2), 2, attention=(side // 2,), variant=unet.DDPM)
     keys = jax.random.split(jax.random.key(0), 3)
     process = jd.Gaussian(jd.linear_beta(0.1, 20.0))
     x = jax.random.normal(keys[0], (batch, side, side, 3))
     optimizer = warmup_adam(1e-3, steps=10**6)
     objective = jd.denoising(net.apply, process, jd.epsilon())
-    run = jd.make_train_step(objective, optimizer, ema_decay=0.999)
+    mesh = jd.parallel.data_mesh()
+    data = jd.parallel.shard_batch({"x": x}, mesh)
+    run = jd.make_train_step(objective, optimizer, ema_decay=0.999, mesh=mesh)
     params = jax.jit(net.init)(keys[1], x, jnp.zeros(batch))
-    state = init_state(params, optimizer, keys[2])
+    state = init_state(params, optimizer, keys[2], mesh=mesh)
 
     def once():
         nonlocal state
-        state, _ = run(state, {"x": x})
+        state, _ = run(state, data)
         jax.block_until_ready(state.params)
 
     return once
@@ -148,34 +171,24 @@ def operations(turns: int) -> list[list[str]]:
 def steps(turns: int) -> list[list[str]]:
     """Rows of the second table."""
     rows = []
-    without = {
-        "neither": ("convolutions", "attention"),
-        "convolutions": ("attention",),
-        "attention": ("convolutions",),
-        "both": (),
-    }
     for side, batch in STEPS:
         times = {}
-        for kept in (False, True):
+        for kept in (True, False):
             for name, value in KEPT.items():
                 os.environ.pop(name, None)
                 if kept:
                     os.environ[name] = str(value)
-            makers = {
-                name + (", memory kept" if kept else ""): functools.partial(
-                    step, side, batch, plain
-                )
-                for name, plain in without.items()
-                if not kept or name in ("neither", "both")
-            }
+            makers = {name: functools.partial(step, side, batch, name) for name in WITHOUT}
+            if not kept:
+                makers = {"memory kept": functools.partial(step, side, batch, "nothing")}
             times |= take_turns(makers, turns=turns)
-        plain = times["neither"].median
+        full = times["nothing"].median
         rows += [
             [
                 f"{side} × {side}, batch {batch}",
                 name,
                 f"{1e3 * t.median:.4g} ± {1e3 * t.spread:.2g}",
-                f"{t.median / plain:.2f}",
+                f"{t.median / full:.2f}",
                 f"{t.peak / 2**20:.0f}",
             ]
             for name, t in times.items()
@@ -187,10 +200,13 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--steps-only", action="store_true")
     args = parser.parse_args()
     print(f"Python {platform.python_version()}, jax {version('jax')}, {os.cpu_count()} cores\n")
-    print(table(["operation", "of", "by", "ms", "ratio"], operations(args.turns)), "\n", flush=True)
-    print(table(["images", "cures", "ms", "ratio", "memory, MiB"], steps(args.turns)))
+    if not args.steps_only:
+        head = ["operation", "of", "by", "ms", "ratio"]
+        print(table(head, operations(args.turns)), "\n", flush=True)
+    print(table(["images", "without", "ms", "ratio", "memory, MiB"], steps(args.turns)))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,11 @@ EIGEN = (
     "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_DOT"
     " --xla_cpu_prefer_vector_width=512"
 )
-KEPT = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_MAX_": 0, "MALLOC_TRIM_THRESHOLD_": 2**40}
+KEPT = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": 0,
+    "MALLOC_TRIM_THRESHOLD_": 2**40,
+}
 TASKS = ("forward", "gradient", "step")
 RIVALS = {
     "PyTorch": (False, False),
