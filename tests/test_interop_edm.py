@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch", reason="needs the test extra")
 from torch import nn
 from torch.nn import functional as F
 
+from jaxdiff import schedules
 from jaxdiff.interop import base, edm
 from jaxdiff.interop.edm import from_edm
 
@@ -309,6 +310,25 @@ class VEPrecond(Recorded):
         return x + sigma * self.model(x, torch.full((len(x),), math.log(sigma / 2)), label)
 
 
+class iDDPMPrecond(Recorded):
+    def __init__(self, model, **settings):
+        super().__init__(**settings)
+        self.C_1, self.C_2, self.M = 0.001, 0.008, 1000
+        shares = np.sin(np.pi / 2 * np.arange(self.M + 1) / self.M / (1 + self.C_2)) ** 2
+        levels = [0.0]
+        for j in range(self.M, 0, -1):
+            kept = max(shares[j - 1] / shares[j], self.C_1)
+            levels.insert(0, math.sqrt((levels[0] ** 2 + 1) / kept - 1))
+        self.register_buffer("u", torch.tensor(levels))
+        self.model = model
+
+    def forward(self, x, sigma, label=None):
+        nearest = int((self.u - sigma).abs().argmin())
+        steps = torch.full((len(x),), self.M - 1.0 - nearest)
+        out = self.model(x / math.sqrt(sigma**2 + 1), steps, label)
+        return x - sigma * out[:, : x.shape[1]]
+
+
 # Their file
 
 
@@ -365,7 +385,9 @@ LABELS = np.array([1, 4])
 def made(name, precondition=EDMPrecond):
     torch.manual_seed(0)
     kind, options = LAYOUTS[name]
-    model = kind(**options)
+    # A mean and a variance.
+    more = {"out_channels": 6} if precondition is iDDPMPrecond else {}
+    model = kind(**options | more)
     with torch.no_grad():
         # So little on the way in that the ε of a norm is seen.
         model.enc["16x16_conv"].weight.mul_(0.05)
@@ -437,12 +459,21 @@ def test_no_label_is_no_class(name, pairs):
     assert error(found, channels_last(expected)) < 1e-5
 
 
-@pytest.mark.parametrize("precondition", [EDMPrecond, VPPrecond, VEPrecond])
-def test_denoisers_are_the_same(precondition, tmp_path):
-    theirs = made("DDPM++", precondition)
+@pytest.mark.parametrize(
+    ("name", "precondition"),
+    [
+        ("DDPM++", EDMPrecond),
+        ("DDPM++", VPPrecond),
+        ("DDPM++", VEPrecond),
+        ("ADM", iDDPMPrecond),
+    ],
+)
+def test_denoisers_are_the_same(name, precondition, tmp_path):
+    """Also between the steps of a process that has steps."""
+    theirs = made(name, precondition)
     ours = from_edm(saved({"ema": theirs}, tmp_path))
     mean = jax.jit(lambda t: ours(jnp.asarray(X), t).mean)
-    for t in jnp.array([0.1, 0.6]):
+    for t in jnp.array([0.0002, 0.1, 0.3003, 0.3008, 0.6, 0.9998]):
         alpha, sigma = map(float, ours.process.schedule(t))
         expected = channels_last(theirs(channels_first(X / alpha), sigma / alpha))
         assert error(mean(t), expected) < 2e-5
@@ -457,6 +488,20 @@ def test_the_grid_is_theirs(pairs):
     assert ours.shape == (16, 16, 3)
 
 
+def test_the_process_of_iddpm_is_theirs(tmp_path):
+    """Time i/T has the noise u of step T − i, the network is told i − 1, and a variance is read."""
+    theirs = made("ADM", iDDPMPrecond)
+    ours = from_edm(saved({"ema": theirs}, tmp_path))
+    np.testing.assert_allclose(ours.grid, np.arange(1000, -1, -1) / 1000, atol=1e-6)
+    alphas, sigmas = jax.vmap(ours.process.schedule)(ours.grid)
+    np.testing.assert_allclose(sigmas / alphas, theirs.u, rtol=1e-4)
+    told = lambda t: ours.parameterization.inputs(ours.process, jnp.zeros(3), t)[1]
+    np.testing.assert_array_equal(jax.vmap(told)(ours.grid), np.arange(999, -2, -1))
+    betas = schedules.cosine_betas(1000)
+    np.testing.assert_allclose(alphas[-2::-1] ** 2, np.cumprod(1 - betas), rtol=1e-4)
+    assert jax.eval_shape(ours, jnp.asarray(X), jnp.float32(0.5)).var.shape == X.shape
+
+
 # Settings of train.py of github.com/NVlabs/edm; parameters with those of augmentation and class.
 CIFAR = {**IMAGES, "img_resolution": 32, "model_channels": 128, "channel_mult": [2, 2, 2]}
 ADM = {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "label_dim": 1000}
@@ -469,6 +514,12 @@ PUBLISHED = {
     ),
     "CIFAR-10, NCSN++": (SongUNet, {**CIFAR, **NCSNPP, "augment_dim": 9}, 56_397_827),
     "ImageNet-64, ADM": (DhariwalUNet, {**IMAGES, **ADM, "img_resolution": 64}, 295_899_267),
+    # As many as 64x64_diffusion.pt of guided-diffusion, whose weights these are.
+    "ImageNet-64, ADM of iDDPM": (
+        DhariwalUNet,
+        {**IMAGES, **ADM, "img_resolution": 64, "out_channels": 6},
+        295_904_454,
+    ),
 }
 
 

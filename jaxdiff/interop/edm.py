@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -32,7 +33,7 @@ from jaxdiff.networks.edm2 import EDM2
 from jaxdiff.networks.embeddings import GaussianFourier, Sinusoidal
 from jaxdiff.parameterizations import Parameterization
 from jaxdiff.processes.gaussian import Gaussian
-from jaxdiff.typing import Grid
+from jaxdiff.typing import Grid, Time
 
 __all__ = ["from_edm"]
 
@@ -439,6 +440,18 @@ def _preserving(settings: Settings) -> Layout:
 # The process
 
 
+class NearestStep(NamedTuple):
+    """The network is told the step k, from −1, whose σ/α at (k + 1)/T is nearest."""
+
+    total: int
+
+    def __call__(self, process: Gaussian, t: Time) -> Time:
+        """Of 0, …, T the nearest, less 1."""
+        alphas, sigmas = jax.vmap(process.schedule)(jnp.arange(self.total + 1) / self.total)
+        alpha, sigma = process.schedule(t)
+        return jnp.argmin(jnp.abs(sigmas / alphas - sigma / alpha)) - 1.0
+
+
 def _edm(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
     # Where a network states no limits, its sampler's: those of table 1.
     lowest = float(max(0.002, settings["sigma_min"]))
@@ -465,6 +478,16 @@ def _vp(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
     return Gaussian(schedule), parameterization, grids.uniform(steps)
 
 
+def _iddpm(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
+    # Their buffer u has σ/α of steps T, T − 1, …, 0, and 1 + (σ/α)² = 1/α².
+    growth = 1.0 + np.asarray(settings["_buffers"]["u"][::-1], np.float64) ** 2
+    steps = len(growth) - 1
+    schedule = schedules.from_betas(1.0 - growth[:-1] / growth[1:])
+    mean = parameterizations.epsilon(noise_level=NearestStep(steps))
+    parameterization = parameterizations.learned_variance(mean, steps=steps)
+    return Gaussian(schedule), parameterization, grids.uniform(steps)
+
+
 def _ve(settings: Settings) -> tuple[Gaussian, Parameterization, Grid]:
     schedule = schedules.exploding(float(settings["sigma_min"]), float(settings["sigma_max"]))
     # The model knew images in [0, 1], of half the noise.
@@ -477,7 +500,13 @@ MODELS: Mapping[str, tuple[Settings, set[str], Callable[[Settings], Layout]]] = 
     "DhariwalUNet": (DHARIWAL, IN_AND_OUT, _dhariwal),
     "UNet": (PRESERVING, IMAGE_AND_LABEL, _preserving),
 }
-PRECONDITIONS = {"EDMPrecond": _edm, "VPPrecond": _vp, "VEPrecond": _ve, "Precond": _edm2}
+PRECONDITIONS = {
+    "EDMPrecond": _edm,
+    "VPPrecond": _vp,
+    "VEPrecond": _ve,
+    "iDDPMPrecond": _iddpm,
+    "Precond": _edm2,
+}
 CLASSES = {
     *MODELS,
     *PRECONDITIONS,
@@ -517,15 +546,17 @@ def from_edm(path: str | Path) -> Pretrained:
         0.002 … 80, and its grid those of the paper's deterministic sampler, 18 at 32 × 32 and 40
         above (32 for EDM2). The sampler's last step, from 0.002 to no noise, is the denoiser's mean
         at time 0.
-        Under those of VP and VE, it has the processes of Song et al. 2021 and 1000 times.
+        Under those of VP and VE, it has the processes of Song et al. 2021 and 1000 times. Under
+        that of iDDPM, in which the weights of Dhariwal and Nichol 2021 come, it has their process,
+        its 1000 steps, and the variance that they predict, of which EDM makes no use.
 
     Raises:
         ValueError: names what the file calls and must not, the setting that no network here has,
             or the tensors that are missing, unknown or of another shape; if there is no such file,
             or if it is truncated.
 
-    References: Karras et al. 2022, arXiv 2206.00364, table 1, algorithm 1 and appendix F; Karras et
-        al. 2024, arXiv 2312.02696, appendix B.
+    References: Karras et al. 2022, arXiv 2206.00364, table 1, algorithm 1, appendices C.3 and F;
+        Karras et al. 2024, arXiv 2312.02696, appendix B.
     """
     path = Path(path)
     outer, model = _read(path)

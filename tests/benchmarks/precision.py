@@ -54,7 +54,7 @@ def train(net: networks.UNet, seed: int, steps: int, together: int):
     objective = jd.denoising(
         net.apply, PROCESS, jd.epsilon(), time_sampler=jd.time_samplers.low_discrepancy()
     )
-    optimizer = warmup_adam(2e-3, steps=steps, warmup=50)
+    optimizer = warmup_adam(2e-3, steps=steps, warmup=steps // 20)
     step = make_train_step(objective, optimizer, ema_decay=0.995)
     several = jax.jit(
         lambda state, batches: jax.lax.scan(step, state, batches)[0], donate_argnums=0

@@ -7,8 +7,8 @@
 loop around the same U-Net: the three rivals' in PyTorch, eager and compiled, ours in JAX with the
 same weights. All four give the same images, which the table shows by their largest difference.
 (k-diffusion has DDIM as Euler's rule of the equation in x / α.) Each contender has a process of its
-own and they take turns. "over its calls" is the time over that of 50 calls of the bare network in
-its own framework: what the loop costs.
+own and they take turns, and so do 50 calls of the bare network in each framework: "over its calls"
+is the time over theirs, what the loop costs.
 """
 
 import argparse
@@ -131,6 +131,17 @@ def by_azula(epsilon, products):
     return DDIMSampler(OfEpsilon(), steps=STEPS, eta=0.0, silent=True, device=products.device)
 
 
+def repeated(maker, *work):
+    """As many calls of the bare network as samples take."""
+    call = maker(*work)
+
+    def run():
+        for _ in range(STEPS):
+            call()
+
+    return run
+
+
 def kept(folder: Path, name: str, run):
     """Keeps the samples of a contender's first run, to be compared."""
 
@@ -164,25 +175,27 @@ def main() -> None:
                 for name, compiled in ((library, False), (f"{library}, compiled", True)):
                     work = folder, library, side, args.dtype, compiled
                     makers[name] = functools.partial(theirs, *work)
-            times = take_turns(makers, turns=args.turns)
-            reference = np.load(folder / f"{OURS}.npy")
-            apart = {name: np.abs(np.load(folder / f"{name}.npy") - reference) for name in times}
             bare = folder, "forward", side, IMAGES, args.dtype
             calls = {
-                OURS: functools.partial(training.ours, *bare, False, False),
-                "eager": functools.partial(training.theirs, *bare, False, False),
-                "compiled": functools.partial(training.theirs, *bare, True, False),
+                f"calls, {OURS}": (training.ours, *bare, False, False),
+                "calls, eager": (training.theirs, *bare, False, False),
+                "calls, compiled": (training.theirs, *bare, True, False),
             }
-            forward = {name: t.median for name, t in take_turns(calls, turns=15).items()}
+            makers |= {name: functools.partial(repeated, *work) for name, work in calls.items()}
+            times = take_turns(makers, turns=args.turns)
+            forward = {name: times.pop(name).median for name in calls if name in times}
+            reference = np.load(folder / f"{OURS}.npy")
+            apart = {name: np.abs(np.load(folder / f"{name}.npy") - reference) for name in times}
         best = min((t.median for name, t in times.items() if name != OURS), default=math.nan)
         for name, t in times.items():
             kind = OURS if name == OURS else "compiled" if "compiled" in name else "eager"
+            own = forward.get(f"calls, {kind}", math.nan)
             rows.append(
                 [
                     f"{side} × {side}",
                     name,
                     f"{t.median:.3f} ± {t.spread:.3f}",
-                    f"{t.median / (STEPS * forward[kind]):.2f}" if kind in forward else "–",
+                    f"{t.median / own:.2f}",
                     f"{t.median / best:.2f}",
                     f"{apart[name].max():.1e}",
                     f"{t.first:.1f}",

@@ -4,9 +4,9 @@
     python tests/benchmarks/scaling.py
 
 One of the three changes at a time, from 32 channels, 16 × 16 pixels and 64 images. The U-Net is
-that of `training.py`, with the same weights on both sides; each contender has a process of its own,
-whose largest memory is told, and they take turns. "arena" is what XLA sets aside for a step beside
-parameters and data.
+that of `training.py`, with the same weights on both sides, and PyTorch's is eager; each contender
+has a process of its own, whose largest memory is told, and they take turns. "arena" is what XLA
+sets aside for a step beside parameters and data.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
                 work = folder, "step", side, batch, args.dtype
                 times = take_turns(
                     {
-                        "ours": functools.partial(ours, *work),
+                        "ours": functools.partial(ours, *work, False, False),
                         "PyTorch": functools.partial(theirs, *work, False, False),
                     },
                     turns=args.turns,

@@ -4,10 +4,12 @@ Every contender lives in a process of its own, is made and warmed up there, and 
 turns, A B C A B C …, so that what else the machine does meets all of them; one runs at a time.
 """
 
+import math
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 __all__ = ["Times", "table", "take_turns"]
@@ -33,7 +35,9 @@ class Times(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Half of the distance between the quartiles, in seconds."""
+        """Half of the distance between the quartiles, in seconds; not a number of one run."""
+        if len(self.runs) < 2:
+            return math.nan
         low, _, high = statistics.quantiles(self.runs, n=4)
         return (high - low) / 2
 
@@ -80,9 +84,16 @@ def take_turns(
     return times
 
 
-def _serve(pipe, maker) -> None:
-    import resource
+def _peak() -> int:
+    """Most memory of this process, in bytes.
 
+    Not by getrusage, whose number begins with the memory of the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def _serve(pipe, maker) -> None:
     try:
         run = maker()
         run()
@@ -94,7 +105,7 @@ def _serve(pipe, maker) -> None:
         begin = time.perf_counter()
         run()
         pipe.send(time.perf_counter() - begin)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    pipe.send(_peak())
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
