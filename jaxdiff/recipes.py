@@ -141,6 +141,8 @@ class UNetOptions:
     """Of the network's computation: float32, or bfloat16 on an accelerator that has it."""
     remat: bool = False
     """Save memory: compute the inside of the blocks again for the gradient."""
+    scan: bool = False
+    """Compile faster: run the equal blocks of a level as one loop."""
 
     def unet(self, **further: Any) -> networks.UNet:
         """The network, with further attributes of `UNet`.
@@ -162,6 +164,7 @@ class UNetOptions:
             dropout=self.dropout,
             dtype=jnp.dtype(self.dtype),
             remat=self.remat,
+            scan=self.scan,
             **further,
         )
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.signal
 from flax import linen as nn
+from test_cpu import close
 from test_networks import BATCH, KEY, LEVELS, count, images, perturbed, tiny
 
 from jaxdiff.networks import GaussianFourier, Sinusoidal, UNet, cpu
@@ -26,6 +27,7 @@ from jaxdiff.networks.unet import (
     doubled,
     halved,
 )
+from jaxdiff.parallel import data_mesh, replicate, shard_batch
 
 VARIANTS = {
     "DDPM": DDPM,
@@ -192,6 +194,24 @@ def test_barriers_keep_sums_of_gradients_from_being_computed_again(monkeypatch):
     assert ours < 0.9 * products()
 
 
+def energy(net, x, levels):
+    """The sum of squared outputs as a function of the parameters, and the outputs."""
+
+    def of(params):
+        out = net.apply(params, x, levels)
+        return jnp.sum(out**2), out
+
+    return of
+
+
+def equal_gradients(ours, theirs):
+    """Each leaf by its own largest entry, if that is not rounding beside the largest of all."""
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        scale = max(float(jnp.abs(b).max()), 1e-3 * largest)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
+
+
 def test_what_is_computed_again_is_the_same():
     """`remat` has the same parameters, values and gradients, and keeps less for the gradient."""
     x = jnp.tile(images(side=16), (4, 1, 1, 1))
@@ -209,6 +229,64 @@ def test_what_is_computed_again_is_the_same():
     np.testing.assert_allclose(again, value, rtol=1e-6)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-3), other, slope)
     assert kept[1] < 0.3 * kept[0], kept
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"), [("DDPM", False), ("DDPM++", True), ("NCSN++", False), ("ADM", True)]
+)
+def test_blocks_in_a_loop_are_the_same(name, remat):
+    """`scan` has the same parameters, outputs and gradients, of fewer convolutions."""
+    net, x = tiny(variant=VARIANTS[name], blocks=3), images()
+    scan = net.clone(scan=True, remat=remat)
+    params = perturbed(net, x, LEVELS)
+
+    def program(run, first):
+        return jax.jit(run).lower(first, x, LEVELS).as_text()
+
+    assert program(scan.init, KEY) == program(net.init, KEY)
+    # Eleven of the levels' fourteen blocks are in four loops; each has two convolutions.
+    more, fewer = (
+        program(run, params).count("stablehlo.convolution") for run in (net.apply, scan.apply)
+    )
+    assert more - fewer == 2 * (11 - 4)
+    (loss, slope), (again, other) = (
+        jax.jit(jax.value_and_grad(energy(n, x, LEVELS), has_aux=True))(params) for n in (net, scan)
+    )
+    close(again, loss)
+    equal_gradients(other, slope)
+    narrow = jax.eval_shape(scan.clone(dtype=jnp.bfloat16).apply, params, x, LEVELS)
+    assert narrow.dtype == jnp.float32
+
+
+def test_every_block_of_a_loop_has_its_own_dropout():
+    """Three blocks in a loop that only add their masks, and a network that shows the sum."""
+    net = tiny(multipliers=(1,), attention=(), blocks=3, variant=ADM, dropout=0.5, scan=True)
+    x = jnp.zeros((BATCH, 8, 8, 1))
+    own = jax.tree.map(jnp.zeros_like, perturbed(net, x, LEVELS))["params"]
+    same = jnp.zeros((3, 3, 8, 8)).at[1, 1].set(jnp.eye(8))
+    for i in range(3):
+        own[f"down_0_block_{i}"]["norm_1"]["bias"] = jnp.ones(8)
+        own[f"down_0_block_{i}"]["conv_1"]["kernel"] = same
+    for i in range(4):
+        own[f"up_0_block_{i}"]["skip"]["kernel"] = jnp.eye(16, 8)[None, None]
+    own["out_0_norm"]["scale"] = jnp.ones(8)
+    own["out_0_conv"]["kernel"] = same[..., :1]
+    out = net.apply({"params": own}, x, LEVELS, rngs={"dropout": KEY})
+    for image in np.round(out, 3):
+        assert len(np.unique(image)) == 4  # a pixel was kept by 0, 1, 2 or all 3
+
+
+@pytest.mark.devices(2)
+def test_a_loop_over_a_mesh():
+    net, x, levels = tiny(multipliers=(1,), blocks=2, scan=True), images()[:2], LEVELS[:2]
+    params = perturbed(net, x, levels)
+    run = jax.jit(lambda p, x, levels: jax.value_and_grad(energy(net, x, levels), has_aux=True)(p))
+    mesh = data_mesh()
+    data = shard_batch({"x": x, "levels": levels}, mesh)
+    shared, slope = run(replicate(params, mesh), **data)
+    alone, expected = run(params, x, levels)
+    close(shared, alone)
+    equal_gradients(slope, expected)
 
 
 CIFAR = {"width": 128, "multipliers": (1, 2, 2, 2), "attention": (16,)}

@@ -25,9 +25,10 @@ arXiv 1904.11486 (the filter).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from itertools import groupby
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -276,6 +277,39 @@ class Attention(nn.Module):
         return _add(x, out(mixed.reshape(b * h * w, c)).reshape(x.shape), self.variant)
 
 
+Stage = Sequence[nn.Module]
+"""A block and, where the level attends, the attention after it."""
+
+
+def _through(
+    stage: Sequence[Callable[..., Any]],
+    h: Image,
+    skip: Float[Array, "b h w c2"] | None,
+    condition: Float[Array, "b d"],
+) -> Float[Array, "b h w c3"]:
+    """h after a stage; its block is also given what its twin on the way down had computed."""
+    block, *attention = stage
+    h = block(h if skip is None else jnp.concatenate([h, skip], axis=-1), condition)
+    for attend in attention:
+        h = attend(h)
+    return h
+
+
+def _in_turn(
+    stages: Sequence[Stage], h: Image, skips: Sequence[Array | None], condition: Array
+) -> list[Array]:
+    """h after each of several stages."""
+    images = []
+    for stage, skip in zip(stages, skips, strict=True):
+        h = _through(stage, h, skip, condition)
+        images.append(h)
+    return images
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 class UNet(nn.Module):
     """A U-Net: images [b, h, w, c] -> images of the same sides, in float32.
 
@@ -304,6 +338,8 @@ class UNet(nn.Module):
             the eye does not: for L levels in [-1, 1], with n about log₂ L - 1 and log₂ L.
         remat: keep only what passes between blocks for the gradient, and compute their inside
             again: less memory for about a third more time.
+        scan: run the equal blocks of a level as one loop: compile time of one, for deep networks.
+            Parameters are the same, and so are results, but for rounding and the masks of dropout.
 
     Raises:
         ValueError: if a side of the images is odd or less than 8, if `head_width` or the groups of
@@ -331,6 +367,7 @@ class UNet(nn.Module):
     condition_width: int | None = None
     fourier: tuple[int, ...] = ()
     remat: bool = False
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -348,24 +385,7 @@ class UNet(nn.Module):
             name="condition",
         )
         c = condition(noise_level, label)
-        block = partial(
-            nn.remat(ResBlock) if self.remat else ResBlock,
-            dropout=self.dropout,
-            scale_shift=self.scale_shift,
-            variant=v,
-            dtype=self.dtype,
-        )
-        attention = partial(
-            nn.remat(Attention) if self.remat else Attention,
-            self.head_width,
-            v,
-            self.dtype,
-            self.heads,
-        )
         conv = partial(cpu.Conv, kernel_size=(3, 3), dtype=self.dtype)
-
-        def attends(h: Image) -> bool:
-            return max(h.shape[1:3]) in self.attention
 
         def read(h: Image, level: int) -> Float[Array, "b h w c2"]:
             norm = Norm(v, wide, silu=True, name=f"out_{level}_norm")
@@ -379,14 +399,15 @@ class UNet(nn.Module):
         image = x.astype(self.dtype)
         h = conv(self.width, name="in")(self._with_fourier(x))
         skips = [h]
-        for level, n in enumerate(channels):
+        for level in range(len(channels)):
             if level > 0:
                 name, before = f"down_{level}", h.shape[-1]
                 if v.strided:
                     down = conv(before, strides=2, padding=(v.padding, v.padding), name=name)
                     h = down(_even(h))
                 else:
-                    h = block(before, resample=partial(halved, smooth=v.smooth), name=name)(h, c)
+                    halve = partial(halved, smooth=v.smooth)
+                    h = self._block(before, resample=halve, name=name)(h, c)
                 if v.image_in == "residual":
                     image = _even(image)
                     image = _filtered(image, padding=2, stride=1) if v.smooth else image
@@ -397,22 +418,17 @@ class UNet(nn.Module):
                     image = halved(image, v.smooth)
                     h = h + conv(before, kernel_size=(1, 1), name=f"{name}_image")(image)
                 skips.append(h)
-            for i in range(self.blocks):
-                h = block(n, name=f"down_{level}_block_{i}")(h, c)
-                h = attention(name=f"down_{level}_attention_{i}")(h) if attends(h) else h
-                skips.append(h)
+            skips += self._level("down", level, h, [None] * self.blocks, c)
+            h = skips[-1]
 
-        h = block(channels[-1], name="middle_block_0")(h, c)
-        h = attention(name="middle_attention")(h)
-        h = block(channels[-1], name="middle_block_1")(h, c)
+        h = self._block(channels[-1], name="middle_block_0")(h, c)
+        h = self._attention(name="middle_attention")(h)
+        h = self._block(channels[-1], name="middle_block_1")(h, c)
 
         out = None
         for level, n in reversed(list(enumerate(channels))):
-            for i in range(self.blocks + 1):
-                joined = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = block(n, name=f"up_{level}_block_{i}")(joined, c)
-                if attends(h) and (v.attend_each or i == self.blocks):
-                    h = attention(name=f"up_{level}_attention_{i}")(h)
+            beside = [skips.pop() for _ in range(self.blocks + 1)]
+            h = self._level("up", level, h, beside, c)[-1]
             if v.image_out or level == 0:
                 shown = read(h, level)
                 out = shown if out is None else shown + doubled(out, shown.shape[1:3], v.smooth)
@@ -425,9 +441,77 @@ class UNet(nn.Module):
                 elif v.strided:
                     h = conv(n, name=name)(double(h))
                 else:
-                    h = block(n, resample=double, name=name)(h, c)
+                    h = self._block(n, resample=double, name=name)(h, c)
         assert out is not None
         return out
+
+    @nn.nowrap
+    def _part(self, kind: Any, *options: Any, looped: bool = False, **further: Any) -> Any:
+        if self.remat:
+            # A loop's gradient is another loop: nothing could be merged with what it repeats.
+            kind = nn.remat(kind, prevent_cse=not looped)
+        return kind(*options, variant=self.variant, dtype=self.dtype, **further)
+
+    @nn.nowrap
+    def _block(self, channels: int, **further: Any) -> ResBlock:
+        return self._part(ResBlock, channels, self.dropout, self.scale_shift, **further)
+
+    @nn.nowrap
+    def _attention(self, **further: Any) -> Attention:
+        return self._part(Attention, self.head_width, heads=self.heads, **further)
+
+    @nn.nowrap
+    def _level(
+        self,
+        way: Literal["down", "up"],
+        level: int,
+        h: Image,
+        skips: Sequence[Array | None],
+        condition: Float[Array, "b d"],
+    ) -> list[Array]:
+        """h after each block of a level, and the attention after it."""
+        n, side = self.multipliers[level] * self.width, max(h.shape[1:3])
+        each = way == "down" or self.variant.attend_each
+        attends = [side in self.attention and (each or i == self.blocks) for i in range(len(skips))]
+        before = [h.shape[-1]] + [n] * (len(skips) - 1)
+        beside = [skip if skip is None else skip.shape for skip in skips]
+        structure = list(zip(attends, before, beside, strict=True))
+
+        def stage(i: int, looped: bool) -> Stage:
+            block = self._block(n, looped=looped, name=f"{way}_{level}_block_{i}")
+            if not attends[i]:
+                return [block]
+            return [block, self._attention(looped=looped, name=f"{way}_{level}_attention_{i}")]
+
+        images = []
+        for _, equal in groupby(range(len(skips)), structure.__getitem__):
+            run = list(equal)
+            looped = self.scan and len(run) > 1 and not self.is_initializing()
+            through = self._looped if looped else _in_turn
+            stages = [stage(i, looped) for i in run]
+            images += through(stages, h, [skips[i] for i in run], condition)
+            h = images[-1]
+        return images
+
+    @nn.nowrap
+    def _looped(
+        self, stages: Sequence[Stage], h: Image, skips: Sequence[Array | None], condition: Array
+    ) -> list[Array]:
+        """`_in_turn` of equal stages: one, scanned over parameters, skips and keys of dropout."""
+        parts = [part.clone(parent=None) for part in stages[0]]
+        variables = _stacked([[part.variables for part in stage] for stage in stages])
+        keys = {}
+        if self.has_rng("dropout"):
+            keys = {"dropout": jax.random.split(self.make_rng("dropout"), len(stages))}
+
+        def body(h: Image, given: tuple[Any, ...]) -> tuple[Image, Image]:
+            variables, skip, rngs = given
+            own = zip(parts, variables, strict=True)
+            stage = [partial(part.apply, variables, rngs=rngs) for part, variables in own]
+            h = _through(stage, h, skip, condition)
+            return h, h
+
+        return list(jax.lax.scan(body, h, (variables, _stacked(skips), keys))[1])
 
     def _with_fourier(self, x: Image) -> Float[Array, "b h w c2"]:
         # In full precision: a wave of many turns magnifies the rounding of its angle.

@@ -1,0 +1,115 @@
+"""How long the deep DDPM++ of CIFAR-10 takes to compile, its equal blocks one by one or in loops.
+
+    pip install -e ".[bench]"
+    python tests/benchmarks/compile_time.py
+
+Two programs of `configs/cifar10_ddpmpp_vp.py`: a whole sampler of 50 steps of DDIM, and a whole
+training step. They are traced and lowered, then compiled, for arrays that have only a shape, and
+never run. Each has a process of its own, one at a time, without a compilation cache. The table is
+markdown; `processor` is the time of all threads, which other work on the machine does not stretch,
+and memory is the most that the process had.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.training import machine
+from benchmarks.turns import table
+
+CONFIG = Path(__file__).parents[2] / "configs" / "cifar10_ddpmpp_vp.py"
+SHAPE = (32, 32, 3)
+
+
+def sampler(run, batch: int):
+    """Of 50 steps, and what it is given."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxdiff as jd
+
+    def draw(params, key, x):
+        step, grid = jd.DDIM(run.process), jd.grids.uniform(50)
+        return jd.sample(step, run.denoiser(params), grid, key, x)
+
+    x = jax.ShapeDtypeStruct((batch, *SHAPE), jnp.float32)
+    key = jax.random.key(0)
+    return draw, (jax.eval_shape(run.init, key), key, x)
+
+
+def training_step(run, batch: int):
+    """The step, and what it is given."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxdiff as jd
+    from jaxdiff.training import init_state
+
+    def start(key):
+        return init_state(run.init(key), run.optimizer, key)
+
+    step = jd.make_train_step(run.objective, run.optimizer, ema_decay=run.ema_decay)
+    data = {"x": jax.ShapeDtypeStruct((batch, *SHAPE), jnp.uint8)}
+    return step, (jax.eval_shape(start, jax.random.key(0)), data)
+
+
+# Name ↦ program, batch.
+PROGRAMS = {"DDIM, 50 steps": (sampler, 4), "training step": (training_step, 8)}
+
+
+def measure(name: str, **options) -> tuple[list[float], int]:
+    """Seconds to trace and lower, to compile, for both, and of processors; bytes of memory."""
+    import jax
+
+    from jaxdiff.experiment import load_config
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    module, (program, batch) = load_config(CONFIG), PROGRAMS[name]
+    run = module.experiment(module.Config(shape=SHAPE, levels=256, **options))
+    function, given = program(run, batch)
+    begin, busy = time.perf_counter(), time.process_time()
+    lowered = jax.jit(function).lower(*given)
+    middle = time.perf_counter()
+    lowered.compile()
+    end, busy = time.perf_counter(), time.process_time() - busy
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return [middle - begin, end - middle, end - begin, busy], peak
+
+
+def alone(function):
+    """The result of a function of no arguments, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function).result()
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--remat", action="store_true")
+    args = parser.parse_args()
+    print(machine(), f"; {args.blocks} blocks a level; remat: {args.remat}\n", sep="")
+    rows = []
+    for name in args.programs:
+        for scan in (False, True):
+            options = {"blocks": args.blocks, "remat": args.remat, "scan": scan}
+            times, peak = alone(functools.partial(measure, name, **options))
+            by = "in loops" if scan else "one by one"
+            rows.append([name, by, *(f"{t:.1f}" for t in times), f"{peak / 2**20:.0f}"])
+            print(" | ".join(rows[-1]), flush=True)
+    times = ["trace and lower, s", "compile, s", "both, s", "processor, s"]
+    head = ["program", "blocks", *times, "memory, MiB"]
+    print()
+    print(table(head, rows))
+
+
+if __name__ == "__main__":
+    main()
