@@ -17,8 +17,10 @@ positions).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -88,10 +90,15 @@ def join_patches(
     return tiles.swapaxes(2, 3).reshape(b, height, width, -1)
 
 
+# Computed again for gradients: what it takes is kept, not what it takes on the way.
+@partial(jax.checkpoint, static_argnums=(3, 4))
 def _modulated(h: Tokens, scale: Array, shift: Array, epsilon: float, dtype: DTypeLike) -> Tokens:
-    wide = jnp.promote_types(jnp.float32, dtype)
-    norm = nn.LayerNorm(epsilon=epsilon, use_bias=False, use_scale=False, dtype=wide)
-    return (norm(h) * (1 + scale[:, None, :]) + shift[:, None, :]).astype(dtype)
+    wide = h.astype(jnp.promote_types(jnp.float32, dtype))
+    norm = jax.nn.standardize(wide, epsilon=epsilon)
+    return (norm * (1 + scale[:, None, :]) + shift[:, None, :]).astype(dtype)
+
+
+_gelu = jax.checkpoint(nn.gelu)
 
 
 class _Block(nn.Module):
@@ -138,7 +145,7 @@ class _Block(nn.Module):
                 nn.LayerNorm(dtype=self.dtype, name="cross_norm")(h), context, "cross_", _zeros
             )
         rows = _modulated(h, scale_2, shift_2, self.epsilon, self.dtype)
-        rows = drop(nn.gelu(dense(rows, 4 * width, "mlp_in")))
+        rows = drop(_gelu(dense(rows, 4 * width, "mlp_in")))
         return h + gate_2[:, None, :] * drop(dense(rows, width, "mlp_out")), None
 
 

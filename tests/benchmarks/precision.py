@@ -1,4 +1,4 @@
-"""Narrow computation, rematerialisation and loops of updates: is the same learnt on the digits?
+"""Narrow computation, rematerialisation and loops: is the same learnt on the digits?
 
     python tests/benchmarks/precision.py
 
@@ -29,13 +29,14 @@ from jaxdiff.training import init_state, make_train_step, warmup_adam
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.turns import table
 
-NET = networks.UNet(width=32, blocks=2)
+NET = networks.UNet(width=32, blocks=3)
 # Name ↦ network, updates a call.
 WAYS = {
     "float32": (NET, 1),
     "bfloat16": (NET.clone(dtype=jnp.bfloat16), 1),
     "remat": (NET.clone(remat=True), 1),
-    "bfloat16, remat": (NET.clone(dtype=jnp.bfloat16, remat=True), 1),
+    "blocks in a scan": (NET.clone(scan=True), 1),
+    "bfloat16, remat, scan": (NET.clone(dtype=jnp.bfloat16, remat=True, scan=True), 1),
     "ten updates in a scan": (NET, 10),
 }
 PROCESS = jd.Gaussian(jd.linear_beta())

@@ -8,13 +8,15 @@ loop around the same U-Net: the three rivals' in PyTorch, eager and compiled, ou
 same weights. All four give the same images, which the table shows by their largest difference.
 (k-diffusion has DDIM as Euler's rule of the equation in x / α.) Each contender has a process of its
 own and they take turns, and so do 50 calls of the bare network in each framework: "over its calls"
-is the time over theirs, what the loop costs.
+is the time over theirs, what the loop costs. On a CPU ours has a device a core, and each draws its
+share of the images; `--keep-memory` is that of `training.py`, for all.
 """
 
 import argparse
 import dataclasses
 import functools
 import math
+import os
 import sys
 import tempfile
 from importlib.metadata import version
@@ -24,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import training
-from benchmarks.training import UNET, machine, write
+from benchmarks.training import UNET, machine, parsed, write
 from benchmarks.turns import table, take_turns
 
 IMAGES, STEPS, TRAINED = 64, 50, 1000
@@ -36,6 +38,7 @@ LIBRARIES = ("diffusers", "k-diffusion", "azula")
 
 def ours(folder: Path, side: int, dtype: str):
     """This library's sampler, in one compiled program."""
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(os.cpu_count())
     import jax
     import jax.numpy as jnp
 
@@ -46,7 +49,11 @@ def ours(folder: Path, side: int, dtype: str):
     model = dataclasses.replace(model, apply=narrow.apply)
     x = jnp.asarray(np.load(folder / "noise.npy")).transpose(0, 2, 3, 1)
     grid = jnp.asarray([*LEVELS, 0]) / TRAINED
-    draw = jax.jit(lambda m, x: jd.sample(jd.DDIM(m.process), m, grid, jax.random.key(0), x))
+
+    def share(model, x):
+        return jd.sample(jd.DDIM(model.process), model, grid, jax.random.key(0), x)
+
+    draw = jd.parallel.per_shard(share, jd.parallel.data_mesh())
     return kept(folder, OURS, lambda: np.asarray(draw(model, x)).transpose(0, 3, 1, 2))
 
 
@@ -159,10 +166,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--rivals", nargs="*", choices=LIBRARIES, default=LIBRARIES)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = parser.parse_args()
+    args = parsed(parser)
     versions = ", ".join(f"{name} {version(name)}" for name in args.rivals)
-    print(f"{machine()}; {versions}; {args.dtype}")
+    print(f"{machine()}; {versions}; {args.dtype}; memory kept: {args.keep_memory}")
     rows = []
     for side in args.sides:
         with tempfile.TemporaryDirectory() as path:
@@ -177,7 +183,7 @@ def main() -> None:
                     makers[name] = functools.partial(theirs, *work)
             bare = folder, "forward", side, IMAGES, args.dtype
             calls = {
-                f"calls, {OURS}": (training.ours, *bare, False, False),
+                f"calls, {OURS}": (training.ours, *bare, True, False),
                 "calls, eager": (training.theirs, *bare, False, False),
                 "calls, compiled": (training.theirs, *bare, True, False),
             }

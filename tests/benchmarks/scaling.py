@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.training import UNET, machine, ours, theirs, write
+from benchmarks.training import UNET, machine, ours, parsed, theirs, write
 from benchmarks.turns import table, take_turns
 
 SWEEPS = {
@@ -49,9 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = parser.parse_args()
-    print(machine(), f"; {args.dtype}", sep="")
+    args = parsed(parser)
+    print(machine(), f"; {args.dtype}; memory kept: {args.keep_memory}", sep="")
     head = ["", "ours, images/s", "PyTorch, images/s", "ours / PyTorch, time"]
     head += ["ours, MiB", "PyTorch, MiB", "arena, MiB"]
     for name in args.sweeps:
@@ -66,7 +65,7 @@ def main() -> None:
                 work = folder, "step", side, batch, args.dtype
                 times = take_turns(
                     {
-                        "ours": functools.partial(ours, *work, False, False),
+                        "ours": functools.partial(ours, *work, True, False),
                         "PyTorch": functools.partial(theirs, *work, False, False),
                     },
                     turns=args.turns,
