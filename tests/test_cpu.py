@@ -115,6 +115,21 @@ def test_narrow_convolution_is_jaxs(dtype, doubled):
     close([a.astype(float) for a in ours], [a.astype(float) for a in plain], rtol=0.02)
 
 
+@DOUBLED
+def test_precision_of_a_context_is_jaxs(doubled):
+    x, kernel = arrays((8, 6, 10, 3, 5, 3))
+
+    def precisions(f):
+        program = jax.jit(jax.grad(energy(f), (0, 1))).trace(x, kernel)
+        text = program.lower(lowering_platforms=("tpu",)).as_text()
+        return re.findall(r"precision (\w+)", text)
+
+    with jax.default_matmul_precision("highest"):
+        ours, plain = (precisions(f) for f in both(doubled=doubled))
+    assert ours == plain == ["HIGHEST"] * len(plain)
+    assert plain
+
+
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("shared", [(True, False), (False, True), (True, True)], ids=str)
 @DOUBLED

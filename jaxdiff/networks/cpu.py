@@ -1,7 +1,8 @@
 """What a CPU computes faster in another way than a GPU or TPU: convolutions and attention.
 
 Every function here is an operation of JAX's, equal to it up to rounding, and on a GPU or TPU it is
-that very operation. What each earned on two cores is printed by `tests/benchmarks/cures.py`.
+that very operation (a convolution of one pixel is everywhere a product of matrices). What each
+earned on two cores is printed by `tests/benchmarks/cures.py`.
 
 *Convolutions.* XLA's CPU compiler runs a convolution fast only in its standard form, and brings
 others into that form only outside of loops; JAX's gradients of a convolution are not in it. So
@@ -27,6 +28,7 @@ the cache: three plain batched products for a few examples at a time, computed a
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -62,16 +64,8 @@ def convolve(
     """
     height, width, _, features = kernel.shape
     half = height // 2
-    plain = (
-        height == width
-        and height % 2 == 1
-        and tuple(strides) == (1, 1)
-        and (padding == "SAME" or list(padding) == [(half, half)] * 2)
-        and all(set(options.get(name) or [1]) == {1} for name in ("lhs_dilation", "rhs_dilation"))
-        and options.get("feature_group_count", 1) == 1
-        and options.get("precision") is None
-    )
-    if not plain:
+    odd = height == width and height % 2 == 1
+    if not odd or not _is_default(half, strides, padding, options):
         options = {"dimension_numbers": LAYOUT} | options
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     if height == 1:
@@ -79,12 +73,28 @@ def convolve(
     return _convolution.bind(x, kernel, pads=((half, half),) * 2)
 
 
-def convolve_doubled(x: Image, kernel: Array, *_: Any, **__: Any) -> Array:
-    """`convolve`, by a 3 × 3 kernel, of the image whose pixels are those of x, each four times.
+def convolve_doubled(
+    x: Image, kernel: Array, strides: Any = (1, 1), padding: Any = "SAME", **options: Any
+) -> Array:
+    """`convolve` of the image that has every pixel of x four times, in a square."""
+    if kernel.shape[:2] == (3, 3) and _is_default(1, strides, padding, options):
+        return _doubling.bind(x, kernel)
+    return convolve(x.repeat(2, axis=1).repeat(2, axis=2), kernel, strides, padding, **options)
 
-    Of strides, padding and options only what Flax's `Conv` gives by default.
+
+def _is_default(half: int, strides: Any, padding: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a convolution keeps the sides, and nothing else is asked of it, here or by a context.
+
+    A context's precision is not what it was when a primitive is lowered.
     """
-    return _doubling.bind(x, kernel)
+    return (
+        tuple(strides) == (1, 1)
+        and (padding == "SAME" or list(padding) == [(half, half)] * 2)
+        and all(set(options.get(name) or [1]) == {1} for name in ("lhs_dilation", "rhs_dilation"))
+        and options.get("feature_group_count", 1) == options.get("batch_group_count", 1) == 1
+        and options.get("precision") is options.get("preferred_element_type") is None
+        and jax.config.jax_default_matmul_precision is None
+    )
 
 
 Conv = partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)

@@ -90,15 +90,15 @@ def join_patches(
     return tiles.swapaxes(2, 3).reshape(b, height, width, -1)
 
 
-# Computed again for gradients: what it takes is kept, not what it takes on the way.
-@partial(jax.checkpoint, static_argnums=(3, 4))
+# Computed again for gradients: a scan would keep every array on the way, of every block.
+@partial(jax.checkpoint, static_argnums=(3, 4), prevent_cse=False)
 def _modulated(h: Tokens, scale: Array, shift: Array, epsilon: float, dtype: DTypeLike) -> Tokens:
     wide = h.astype(jnp.promote_types(jnp.float32, dtype))
     norm = jax.nn.standardize(wide, epsilon=epsilon)
     return (norm * (1 + scale[:, None, :]) + shift[:, None, :]).astype(dtype)
 
 
-_gelu = jax.checkpoint(nn.gelu)
+_gelu = jax.checkpoint(nn.gelu, prevent_cse=False)
 
 
 class _Block(nn.Module):

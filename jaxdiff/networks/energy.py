@@ -24,10 +24,6 @@ What is gained is a number: densities of two states can be compared, and added, 
 chains accepted or refused, and ratios of normalisers found by annealed importance sampling, with
 the noise levels as temperatures. What it costs is a backward pass in every call of the network.
 
-Note: on the CPU the backward pass of a convolution inside a compiled loop, of a sampler or a
-    solver, is tens of times slower than outside of one. For images there, take the samplers' steps
-    from Python, or use a network of matrix products.
-
 References: Salimans and Ho 2021, "Should EBMs model the energy or the score?", ICLR workshop on
     energy-based models (energies do as well as free scores, for networks of like structure); Du et
     al. 2023, arXiv:2302.11552 (what the energies are good for).

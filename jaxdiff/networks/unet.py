@@ -155,25 +155,15 @@ def _groups(channels: int) -> int:
     return max(g for g in range(1, max(channels // 4, 1) + 1) if g <= 32 and channels % g == 0)
 
 
-@partial(jax.checkpoint, static_argnums=(3, 4))
-def _scaled(
-    x: Image, gain: Float[Array, "b c"], offset: Float[Array, "b c"], silu: bool, dtype: DTypeLike
-) -> Image:
-    """gain x + offset, or its SiLU; computed again for gradients, for which x alone is kept."""
-    y = x.astype(gain.dtype) * gain[:, None, None, :] + offset[:, None, None, :]
-    return (nn.silu(y) if silu else y).astype(dtype)
-
-
 class Norm(nn.Module):
-    """Group normalisation, adapted per example if `scale` and `shift` are given; then SiLU or not.
+    """Group normalisation, adapted per example if `scale` and `shift` are given.
 
     (1 + scale) (gain (x - mean) / std + offset) + shift, in one pass over x for the statistics
-    (sums of x and of x², in float32) and one for the result, SiLU included.
+    (sums of x and of x², in float32) and one for the result.
     """
 
     variant: Variant
     dtype: DTypeLike
-    silu: bool = False
 
     @nn.compact
     def __call__(
@@ -200,7 +190,7 @@ class Norm(nn.Module):
             gain, offset = gain * (1 + scale), offset * (1 + scale)
         if shift is not None:
             offset = offset + shift
-        return _scaled(x, gain, offset, self.silu, self.dtype)
+        return (wide * gain[:, None, None, :] + offset[:, None, None, :]).astype(self.dtype)
 
 
 def _add(x: Image, h: Image, variant: Variant) -> Image:
@@ -224,8 +214,8 @@ class ResBlock(nn.Module):
         """Return the block's image."""
         x = cpu.barrier(x)
         conv = partial(cpu.Conv, self.channels, dtype=self.dtype)
-        norm = partial(Norm, self.variant, self.dtype, silu=True)
-        h = norm(name="norm_0")(x)
+        norm = partial(Norm, self.variant, self.dtype)
+        h = nn.silu(norm(name="norm_0")(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv((3, 3), name="conv_0")(h)
@@ -242,7 +232,7 @@ class ResBlock(nn.Module):
             else:
                 h = h + inject(condition)[:, None, None, :]
         h = norm(name="norm_1")(h, scale, shift)
-        h = nn.Dropout(self.dropout)(h, deterministic=not self.has_rng("dropout"))
+        h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=not self.has_rng("dropout"))
         h = conv((3, 3), kernel_init=_zeros, name="conv_1")(h)
         project = self.resample is not None and self.variant.project
         if project or x.shape[-1] != self.channels:
@@ -339,7 +329,8 @@ class UNet(nn.Module):
         remat: keep only what passes between blocks for the gradient, and compute their inside
             again: less memory for about a third more time.
         scan: run the equal blocks of a level as one loop: compile time of one, for deep networks.
-            Parameters are the same, and so are results, but for rounding and the masks of dropout.
+            Parameters are the same (a call stacks those of a loop), and so are results, but for
+            rounding and the masks of dropout; what Flax captures inside of blocks is not kept.
 
     Raises:
         ValueError: if a side of the images is odd or less than 8, if `head_width` or the groups of
@@ -388,12 +379,12 @@ class UNet(nn.Module):
         conv = partial(cpu.Conv, kernel_size=(3, 3), dtype=self.dtype)
 
         def read(h: Image, level: int) -> Float[Array, "b h w c2"]:
-            norm = Norm(v, wide, silu=True, name=f"out_{level}_norm")
+            norm = Norm(v, wide, name=f"out_{level}_norm")
             features = x.shape[-1] if self.out_channels is None else self.out_channels
             last = cpu.Conv(
                 features, (3, 3), kernel_init=_zeros, dtype=wide, name=f"out_{level}_conv"
             )
-            return last(norm(h))
+            return last(nn.silu(norm(h)))
 
         channels = [m * self.width for m in self.multipliers]
         image = x.astype(self.dtype)

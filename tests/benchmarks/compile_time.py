@@ -13,7 +13,6 @@ and memory is the most that the process had.
 import argparse
 import functools
 import multiprocessing
-import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.training import machine
-from benchmarks.turns import table
+from benchmarks.turns import peak_memory, table
 
 CONFIG = Path(__file__).parents[2] / "configs" / "cifar10_ddpmpp_vp.py"
 SHAPE = (32, 32, 3)
@@ -78,7 +77,7 @@ def measure(name: str, **options) -> tuple[list[float], int]:
     middle = time.perf_counter()
     lowered.compile()
     end, busy = time.perf_counter(), time.process_time() - busy
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     return [middle - begin, end - middle, end - begin, busy], peak
 
 

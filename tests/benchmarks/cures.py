@@ -32,7 +32,6 @@ WITHOUT = (
     "attention by slices",
     "folded doubling",
     "barriers",
-    "SiLU again for gradients",
     "a device a core",
 )
 # Side of the images, batch.
@@ -116,8 +115,6 @@ def step(side: int, batch: int, without: str):
         )
     if without == "barriers":
         cpu.barrier = lambda x: x
-    if without == "SiLU again for gradients":
-        unet._scaled = unet._scaled.__wrapped__
     net = UNet(32, (1, 2), 2, attention=(side // 2,), variant=unet.DDPM)
     keys = jax.random.split(jax.random.key(0), 3)
     process = jd.Gaussian(jd.linear_beta(0.1, 20.0))

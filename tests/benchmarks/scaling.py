@@ -6,7 +6,7 @@
 One of the three changes at a time, from 32 channels, 16 × 16 pixels and 64 images. The U-Net is
 that of `training.py`, with the same weights on both sides, and PyTorch's is eager; each contender
 has a process of its own, whose largest memory is told, and they take turns. "arena" is what XLA
-sets aside for a step beside parameters and data.
+sets aside for a step in float32 on one device, beside parameters and data.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Times", "table", "take_turns"]
+__all__ = ["Times", "peak_memory", "table", "take_turns"]
 
 
 class Times(NamedTuple):
@@ -84,7 +84,7 @@ def take_turns(
     return times
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Most memory of this process, in bytes.
 
     Not by getrusage, whose number begins with the memory of the process that started this one.
@@ -105,7 +105,7 @@ def _serve(pipe, maker) -> None:
         begin = time.perf_counter()
         run()
         pipe.send(time.perf_counter() - begin)
-    pipe.send(_peak())
+    pipe.send(peak_memory())
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
