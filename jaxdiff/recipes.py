@@ -142,7 +142,7 @@ class UNetOptions:
     remat: bool = False
     """Save memory: compute the inside of the blocks again for the gradient."""
     scan: bool = False
-    """Compile faster: run the equal blocks of a level as one loop."""
+    """Make a shorter program: run the equal blocks of a level as one loop."""
 
     def unet(self, **further: Any) -> networks.UNet:
         """The network, with further attributes of `UNet`.

@@ -1,17 +1,18 @@
-"""How long the deep DDPM++ of CIFAR-10 takes to compile, its equal blocks one by one or in loops.
+"""How long deep U-Nets take to compile, their equal blocks one by one or in loops (`scan`).
 
     pip install -e ".[bench]"
     python tests/benchmarks/compile_time.py
 
-Two programs of `configs/cifar10_ddpmpp_vp.py`: a whole sampler of 50 steps of DDIM, and a whole
-training step. They are traced and lowered, then compiled, for arrays that have only a shape, and
-never run. Each has a process of its own, one at a time, without a compilation cache. The table is
-markdown; `processor` is the time of all threads, which other work on the machine does not stretch,
-and memory is the most that the process had.
+Two programs of each config: a whole sampler of 50 steps of DDIM, and a whole training step. They
+are traced and lowered, then compiled, for arrays that have only a shape, and never run. Each has a
+process of its own, one at a time, without a compilation cache. The table is markdown; `processor`
+is the time of all threads, which other work on the machine does not stretch, lines are those of the
+lowered program, and memory is the most that the process had.
 """
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import sys
 import time
@@ -22,7 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.training import machine
 from benchmarks.turns import peak_memory, table
 
-CONFIG = Path(__file__).parents[2] / "configs" / "cifar10_ddpmpp_vp.py"
+CONFIGS = Path(__file__).parents[2] / "configs"
+# Name ↦ config, its options. The first has eight blocks a level, the second 32 in its only one.
+NETWORKS = {
+    "DDPM++ deep": ("cifar10_ddpmpp_vp", {"blocks": 8}),
+    "VDM": ("cifar10_vdm", {}),
+}
 SHAPE = (32, 32, 3)
 
 
@@ -62,23 +68,26 @@ def training_step(run, batch: int):
 PROGRAMS = {"DDIM, 50 steps": (sampler, 4), "training step": (training_step, 8)}
 
 
-def measure(name: str, **options) -> tuple[list[float], int]:
-    """Seconds to trace and lower, to compile, for both, and of processors; bytes of memory."""
+def measure(network: str, program: str, **options: bool) -> tuple[list[float], int, int]:
+    """Seconds to trace and lower, to compile, for both, of processors; lines; bytes of memory."""
     import jax
 
     from jaxdiff.experiment import load_config
 
     jax.config.update("jax_enable_compilation_cache", False)
-    module, (program, batch) = load_config(CONFIG), PROGRAMS[name]
-    run = module.experiment(module.Config(shape=SHAPE, levels=256, **options))
-    function, given = program(run, batch)
+    name, size = NETWORKS[network]
+    module = load_config(CONFIGS / f"{name}.py")
+    run = module.experiment(module.Config(shape=SHAPE, levels=256, **size, **options))
+    make, batch = PROGRAMS[program]
+    function, given = make(run, batch)
     begin, busy = time.perf_counter(), time.process_time()
     lowered = jax.jit(function).lower(*given)
     middle = time.perf_counter()
     lowered.compile()
     end, busy = time.perf_counter(), time.process_time() - busy
-    peak = peak_memory()
-    return [middle - begin, end - middle, end - begin, busy], peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = lowered.as_text().count("\n")
+    return [middle - begin, end - middle, end - begin, busy], lines, peak
 
 
 def alone(function):
@@ -91,23 +100,23 @@ def alone(function):
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--remat", action="store_true")
     args = parser.parse_args()
-    print(machine(), f"; {args.blocks} blocks a level; remat: {args.remat}\n", sep="")
+    print(machine(), f"; remat: {args.remat}\n", sep="")
     rows = []
-    for name in args.programs:
+    for which in itertools.product(args.networks, args.programs):
         for scan in (False, True):
-            options = {"blocks": args.blocks, "remat": args.remat, "scan": scan}
-            times, peak = alone(functools.partial(measure, name, **options))
+            job = functools.partial(measure, *which, remat=args.remat, scan=scan)
+            times, lines, peak = alone(job)
             by = "in loops" if scan else "one by one"
-            rows.append([name, by, *(f"{t:.1f}" for t in times), f"{peak / 2**20:.0f}"])
+            sizes = f"{lines:,}", f"{peak / 2**20:.0f}"
+            rows.append([*which, by, *(f"{t:.1f}" for t in times), *sizes])
             print(" | ".join(rows[-1]), flush=True)
     times = ["trace and lower, s", "compile, s", "both, s", "processor, s"]
-    head = ["program", "blocks", *times, "memory, MiB"]
     print()
-    print(table(head, rows))
+    print(table(["network", "program", "blocks", *times, "lines", "memory, MiB"], rows))
 
 
 if __name__ == "__main__":
