@@ -330,7 +330,8 @@ class UNet(nn.Module):
             again: less memory for about a third more time.
         scan: run the equal blocks of a level as one loop: a deep network is a program of half the
             length, which is traced faster; on a CPU, XLA then takes about as long to compile it.
-            Parameters are the same, and so are results, but for rounding and the masks of dropout.
+            Parameters are the same (a call stacks those of a loop), and so are results, but for
+            rounding and the masks of dropout; what Flax captures inside of blocks is not kept.
 
     Raises:
         ValueError: if a side of the images is odd or less than 8, if `head_width` or the groups of

@@ -85,7 +85,7 @@ def measure(network: str, program: str, **options: bool) -> tuple[list[float], i
     middle = time.perf_counter()
     lowered.compile()
     end, busy = time.perf_counter(), time.process_time() - busy
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     lines = lowered.as_text().count("\n")
     return [middle - begin, end - middle, end - begin, busy], lines, peak
 
