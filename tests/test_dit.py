@@ -113,7 +113,7 @@ def products(jaxpr):
     total = 0
     for eqn in jaxpr.eqns:
         turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        inner = list(jax.core.jaxprs_in_params(eqn.params))
+        inner = list(jaxprs_in_params(eqn.params))
         # Of branches for several platforms one is run.
         total += turns * max(map(products, inner), default=0)
         if eqn.primitive.name == "dot_general":

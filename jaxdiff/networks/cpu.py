@@ -93,7 +93,7 @@ def _is_default(half: int, strides: Any, padding: Any, options: Mapping[str, Any
         and all(set(options.get(name) or [1]) == {1} for name in ("lhs_dilation", "rhs_dilation"))
         and options.get("feature_group_count", 1) == options.get("batch_group_count", 1) == 1
         and options.get("precision") is options.get("preferred_element_type") is None
-        and jax.config.jax_default_matmul_precision is None
+        and jax.config.jax_default_matmul_precision is None  # pyright: ignore
     )
 
 
