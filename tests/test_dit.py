@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from test_networks import BATCH, KEY, LEVELS, images, perturbed
 
 from jaxdiff.networks import DiT, Sinusoidal
