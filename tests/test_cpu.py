@@ -1,7 +1,6 @@
 """The CPU's own convolutions and attention against JAX's, whose formulas they are."""
 
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ KEY = jax.random.key(0)
 SHAPES = pytest.mark.parametrize(
     "shape", [(8, 6, 10, 3, 5, 3), (3, 5, 7, 4, 2, 5), (1, 8, 8, 6, 6, 1)], ids=str
 )
-DOUBLED = pytest.mark.parametrize("doubled", [False, True], ids=["", "doubled"])
 
 
 def close(ours, theirs, rtol=1e-5):
@@ -25,19 +23,15 @@ def close(ours, theirs, rtol=1e-5):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
 
 
-def both(size=3, features=5, doubled=False, **options):
+def both(size=3, features=5, **options):
     """Our convolution and Flax's, as functions of image and kernel."""
-    make = partial(nn.Conv, features, (size, size), use_bias=False, **options)
-    ours, plain = (
-        lambda x, kernel, layer=layer: layer.apply({"params": {"kernel": kernel}}, x)
-        for layer in (
-            (cpu.DoubledConv if doubled else cpu.Conv)(*make.args, **make.keywords),
-            make(),
-        )
+    layers = (
+        layer(features, (size, size), use_bias=False, **options) for layer in (cpu.Conv, nn.Conv)
     )
-    if not doubled:
-        return ours, plain
-    return ours, lambda x, kernel: plain(x.repeat(2, axis=1).repeat(2, axis=2), kernel)
+    return [
+        lambda x, kernel, layer=layer: layer.apply({"params": {"kernel": kernel}}, x)
+        for layer in layers
+    ]
 
 
 def arrays(shape):
@@ -52,11 +46,8 @@ def energy(f):
 
 
 @SHAPES
-@DOUBLED
-def test_convolution_and_all_its_derivatives_are_jaxs(shape, doubled):
-    if doubled and shape[-1] != 3:
-        pytest.skip("only 3 × 3 convolutions are folded")
-    ours, plain = both(shape[-1], shape[-2], doubled)
+def test_convolution_and_all_its_derivatives_are_jaxs(shape):
+    ours, plain = both(shape[-1], shape[-2])
     x, kernel = arrays(shape)
     dx, dk = jnp.cos(3 * x), jnp.sin(5 * kernel)
 
@@ -74,15 +65,13 @@ def test_convolution_and_all_its_derivatives_are_jaxs(shape, doubled):
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (3, 1)], ids=str)
-@DOUBLED
-def test_batched_convolution_is_jaxs(axes, doubled):
+def test_batched_convolution_is_jaxs(axes):
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
     many = [
         a if axis is None else jnp.stack([a, 2 * a, a**2], axis)
         for a, axis in zip((x, kernel), axes, strict=True)
     ]
-    grads = (jax.vmap(jax.grad(energy(f), (0, 1)), axes)(*many) for f in both(doubled=doubled))
-    close(*grads)
+    close(*(jax.vmap(jax.grad(energy(f), (0, 1)), axes)(*many) for f in both()))
 
 
 @pytest.mark.parametrize(
@@ -106,17 +95,19 @@ def test_other_convolutions_are_jaxs(options):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@DOUBLED
-def test_narrow_convolution_is_jaxs(dtype, doubled):
+def test_narrow_convolution_is_jaxs(dtype):
     x, kernel = (a.astype(dtype) for a in arrays((8, 6, 10, 3, 5, 3)))
-    convolutions = both(doubled=doubled, dtype=dtype)
-    ours, plain = (jax.grad(energy(f), (0, 1))(x, kernel) for f in convolutions)
+    ours, plain = (jax.grad(energy(f), (0, 1))(x, kernel) for f in both(dtype=dtype))
     assert [a.dtype for a in ours] == [dtype, dtype]
     close([a.astype(float) for a in ours], [a.astype(float) for a in plain], rtol=0.02)
 
 
-@DOUBLED
-def test_precision_of_a_context_is_jaxs(doubled):
+def test_a_wider_result_is_given_where_it_is_asked_for():
+    x, kernel = (a.astype(jnp.bfloat16) for a in arrays((8, 6, 10, 3, 5, 3)))
+    assert cpu.convolve(x, kernel, preferred_element_type=jnp.float32).dtype == jnp.float32
+
+
+def test_precision_of_a_context_is_jaxs():
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
 
     def precisions(f):
@@ -125,15 +116,14 @@ def test_precision_of_a_context_is_jaxs(doubled):
         return re.findall(r"precision (\w+)", text)
 
     with jax.default_matmul_precision("highest"):
-        ours, plain = (precisions(f) for f in both(doubled=doubled))
+        ours, plain = map(precisions, both())
     assert ours == plain == ["HIGHEST"] * len(plain)
     assert plain
 
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("shared", [(True, False), (False, True), (True, True)], ids=str)
-@DOUBLED
-def test_convolution_in_a_shard_map(shared, doubled):
+def test_convolution_in_a_shard_map(shared):
     """With the sum over devices where JAX has it: in the gradient of what all devices share."""
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
     x = x.reshape(4, 2, *x.shape[1:])
@@ -148,11 +138,10 @@ def test_convolution_in_a_shard_map(shared, doubled):
         mapped = jax.shard_map(share, mesh=data_mesh(), in_specs=specs, out_specs=specs)
         return jax.jit(mapped)(x, kernel)
 
-    close(*(gradients(f) for f in both(doubled=doubled)))
+    close(*(gradients(f) for f in both()))
 
 
-@DOUBLED
-def test_convolutions_of_a_loop_have_the_form_that_is_fast(doubled):
+def test_convolutions_of_a_loop_have_the_form_that_is_fast():
     """XLA's CPU compiler runs only this form by its fast kernels inside of a loop."""
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
 
@@ -170,27 +159,13 @@ def test_convolutions_of_a_loop_have_the_form_that_is_fast(doubled):
         ]
         return len(lines), len(slow)
 
-    ours, plain = both(doubled=doubled)
-    assert form(ours) == (12 if doubled else 3, 0)
+    ours, plain = both()
+    assert form(ours) == (3, 0)
     assert form(plain)[1] > 0  # Else our own form is no longer needed.
 
 
-def test_a_doubled_image_costs_four_ninths():
-    x, kernel = arrays((8, 6, 10, 3, 5, 3))
-    shapes = re.compile(r"tensor<(\d)x(\d)x3x5xf32>\) -> tensor<8x(\d+)x(\d+)x5xf32>")
-
-    def products(f):
-        text = jax.jit(f).trace(x, kernel).lower(lowering_platforms=("cpu",)).as_text()
-        lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
-        return sum(np.prod([int(n) for n in shapes.search(line).groups()]) for line in lines)
-
-    ours, plain = (products(f) for f in both(doubled=True))
-    assert 9 * ours == 4 * plain
-
-
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@DOUBLED
-def test_elsewhere_the_programs_are_jaxs(platform, doubled):
+def test_elsewhere_the_programs_are_jaxs(platform):
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
 
     def convolutions(f):
@@ -198,9 +173,10 @@ def test_elsewhere_the_programs_are_jaxs(platform, doubled):
         text = program.lower(lowering_platforms=(platform,)).as_text()
         return sorted(re.findall(r"stablehlo.convolution.*(dim_numbers = .*)", text))
 
-    ours, plain = (convolutions(f) for f in both(doubled=doubled))
+    ours, plain = (convolutions(f) for f in both())
     assert ours == plain
     assert len(plain) == 3
+
     barrier = jax.jit(jax.grad(lambda x: jnp.sin(cpu.barrier(x)).sum())).trace(x)
     assert "barrier" not in barrier.lower(lowering_platforms=(platform,)).as_text()
     assert "barrier" in barrier.lower(lowering_platforms=("cpu",)).as_text()

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jaxdiff.networks import cpu
-from jaxdiff.networks.unet import DDPM, Attention, Norm, ResBlock, Variant, widened
+from jaxdiff.networks.unet import DDPM, Attention, Norm, ResBlock, Variant, doubled, widened
 from jaxdiff.typing import Array
 
 __all__ = ["AutoencoderKL"]
@@ -82,7 +82,8 @@ class _Decoder(_Coder):
             for i in range(self.blocks + 1):
                 h = self.block(n, f"up_{level}_block_{i}")(h)
             if level > 0:
-                h = cpu.DoubledConv(n, (3, 3), dtype=self.dtype, name=f"up_{level}")(h)
+                _, height, width, _ = h.shape
+                h = conv(n, name=f"up_{level}")(doubled(h, (2 * height, 2 * width)))
         return self.read(h)
 
 

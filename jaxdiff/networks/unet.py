@@ -427,10 +427,7 @@ class UNet(nn.Module):
             if level > 0:
                 double = partial(doubled, shape=skips[-1].shape[1:3], smooth=v.smooth)
                 name = f"up_{level}"
-                exact = tuple(2 * side for side in h.shape[1:3]) == skips[-1].shape[1:3]
-                if v.strided and exact and not v.smooth:
-                    h = cpu.DoubledConv(n, (3, 3), dtype=self.dtype, name=name)(h)
-                elif v.strided:
+                if v.strided:
                     h = conv(n, name=name)(double(h))
                 else:
                     h = self._block(n, resample=double, name=name)(h, c)

@@ -30,7 +30,6 @@ WITHOUT = (
     "nothing",
     "convolutions' gradients",
     "attention by slices",
-    "folded doubling",
     "barriers",
     "a device a core",
 )
@@ -109,10 +108,6 @@ def step(side: int, batch: int, without: str):
         cpu.convolve = jax.lax.conv_general_dilated
     if without == "attention by slices":
         cpu.attention = jax.nn.dot_product_attention
-    if without == "folded doubling":
-        cpu.DoubledConv = lambda *args, **kw: (
-            lambda h: cpu.Conv(*args, **kw)(unet.doubled(h, tuple(2 * n for n in h.shape[1:3])))
-        )
     if without == "barriers":
         cpu.barrier = lambda x: x
     net = UNet(32, (1, 2), 2, attention=(side // 2,), variant=unet.DDPM)
