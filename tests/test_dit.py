@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 from test_networks import BATCH, KEY, LEVELS, images, perturbed
 
 from jaxdiff.networks import DiT, Sinusoidal
-from jaxdiff.networks.dit import SIZES, positions
+from jaxdiff.networks.dit import SIZES, _modulated, positions
 
 
 def tiny(**options):
@@ -44,6 +45,24 @@ def test_a_new_block_is_the_identity_and_the_output_zero():
     deep = net.apply(free, x, LEVELS)
     assert jnp.any(deep)
     np.testing.assert_array_equal(net.clone(depth=1).apply(shallow, x, LEVELS), deep)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-5])
+def test_modulation_is_flaxs_norm_then_scale_and_shift(epsilon):
+    """Of features so small that what is added to their variance is seen."""
+    h, cotangent, scale, shift = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(jax.random.split(KEY, 4), 2 * [(2, 5, 8)] + 2 * [(2, 8)], strict=True)
+    )
+    norm = nn.LayerNorm(epsilon=epsilon, use_bias=False, use_scale=False)
+
+    def expected(h, scale, shift):
+        return norm.apply({}, h) * (1 + scale[:, None, :]) + shift[:, None, :]
+
+    ours = lambda *args: _modulated(*args, epsilon, jnp.float32)
+    results = [jax.vjp(f, 1e-3 * h, scale, shift) for f in (ours, expected)]
+    for found, wanted in zip(*((out, *pull(cotangent)) for out, pull in results), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
 
 
 def test_every_parameter_is_wired_and_finite():
