@@ -89,6 +89,8 @@ class TrainingOptions:
     """Lower the rate along a cosine after the warm-up, else keep it."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    first_moment: float = 0.9
+    """Decay of Adam's average of gradients."""
     second_moment: float = 0.999
     """Decay of Adam's average of squared gradients."""
     weight_decay: float = 0.0
@@ -110,6 +112,7 @@ class TrainingOptions:
             warmup=min(self.warmup, self.steps // 10),
             clip=self.clip,
             cosine=self.cosine,
+            first_moment=self.first_moment,
             second_moment=self.second_moment,
             weight_decay=self.weight_decay,
         )
@@ -464,7 +467,7 @@ def score_experiment(
     config: Any,
     images: Splits,
     *,
-    net: networks.UNet,
+    net: networks.UNet | networks.UViT,
     process: Gaussian,
     parameterization: Parameterization,
     objective: Callable[..., Objective],

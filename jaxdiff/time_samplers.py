@@ -34,6 +34,7 @@ __all__ = [
     "LogNormal",
     "LogUniform",
     "LowDiscrepancy",
+    "Steps",
     "TimeSampler",
     "Uniform",
     "even",
@@ -41,6 +42,7 @@ __all__ = [
     "log_normal",
     "log_uniform",
     "low_discrepancy",
+    "steps",
     "uniform",
 ]
 
@@ -72,6 +74,33 @@ def uniform(t_min: float = 1e-5) -> Uniform:
     """
     _check(t_min)
     return Uniform(t_min=t_min)
+
+
+@struct.dataclass
+class Steps:
+    """t ~ U{1/T, 2/T, …, 1}."""
+
+    total: Scalar
+
+    def __call__(self, key: Key, process: SDE, n: int) -> Times:
+        """(t, 1) of a batch."""
+        return (1.0 + jax.random.randint(key, (n,), 0, self.total)) / self.total, jnp.ones(n)
+
+
+def steps(total: int = 1000) -> Steps:
+    """t ~ U{1/T, 2/T, …, 1}: the steps of a chain, such as `schedules.from_betas`.
+
+    Args:
+        total: T ≥ 1.
+
+    Raises:
+        ValueError: unless total ≥ 1.
+
+    References: Ho et al. 2020, arXiv:2006.11239, algorithm 1.
+    """
+    if total < 1:
+        raise ValueError(f"total must be at least 1, got {total}.")
+    return Steps(total=total)
 
 
 @struct.dataclass

@@ -171,6 +171,7 @@ def warmup_adam(
     warmup: int = 0,
     clip: float = 1.0,
     cosine: bool = True,
+    first_moment: float = 0.9,
     second_moment: float = 0.999,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
@@ -185,7 +186,8 @@ def warmup_adam(
         warmup: updates of the linear rise, in [0, steps).
         clip: largest norm of the gradient, > 0.
         cosine: whether the rate falls after the warm-up, else it stays.
-        second_moment: decay of the average of squared gradients, in [0, 1).
+        first_moment: decay of the average of gradients, in [0, 1).
+        second_moment: decay of the average of their squares, in [0, 1).
         weight_decay: of matrices and kernels, not of vectors such as biases; ≥ 0, times the rate.
 
     Returns:
@@ -202,8 +204,9 @@ def warmup_adam(
         raise ValueError(f"warmup must be in [0, steps={steps}), got {warmup}")
     if not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
-    if not 0 <= second_moment < 1:
-        raise ValueError(f"second_moment must be in [0, 1), got {second_moment}")
+    for name, decay in (("first_moment", first_moment), ("second_moment", second_moment)):
+        if not 0 <= decay < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {decay}")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
     if cosine:
@@ -212,9 +215,11 @@ def warmup_adam(
         rate = optax.warmup_constant_schedule(0.0, learning_rate, warmup)
     else:  # of which that schedule makes the rate 0 for good
         rate = learning_rate
-    adam = optax.adam(rate, b2=second_moment)
+    adam = optax.adam(rate, first_moment, second_moment)
     if weight_decay:
-        adam = optax.adamw(rate, b2=second_moment, weight_decay=weight_decay, mask=_matrices)
+        adam = optax.adamw(
+            rate, first_moment, second_moment, weight_decay=weight_decay, mask=_matrices
+        )
     return optax.chain(optax.clip_by_global_norm(clip), adam)
 
 

@@ -6,12 +6,14 @@ standard deviation catches; and a wrong mixture weight shows in the shares of th
 """
 
 import contextlib
+import math
 from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 import jaxdiff as jd
 from jaxdiff.data.mixture import GaussianMixture, gmm5
@@ -158,3 +160,26 @@ def mutated(mutant: str, step, process, make_grid):
 
 
 GMM5 = gmm5()
+
+
+def multiplications(function, *args):
+    """Of numbers, in all products of matrices and convolutions of a call; nothing is computed."""
+    return _multiplications(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _multiplications(jaxpr):
+    total = 0
+    for eqn in jaxpr.eqns:
+        turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        inner = list(jaxprs_in_params(eqn.params))
+        # Of branches for several platforms one is run.
+        total += turns * max(map(_multiplications, inner), default=0)
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            each = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        elif eqn.primitive.name in ("conv_general_dilated", "convolution"):
+            each = math.prod(eqn.invars[1].aval.shape[:3])  # of a kernel [h, w, c, c2]
+        else:
+            continue
+        total += each * math.prod(eqn.outvars[0].aval.shape)
+    return total

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import multiplications
 
 torch = pytest.importorskip("torch", reason="needs the test extra")
 
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from jaxdiff import schedules
 from jaxdiff.interop import base, edm
@@ -525,7 +527,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_tensor_of_the_published_sizes_has_its_place(name, monkeypatch):
-    """Names, shapes and their number, without the numbers themselves."""
+    """Names, shapes and their number, and the cost of a call, without the numbers themselves."""
     kind, options, count = PUBLISHED[name]
     with torch.device("meta"):
         model = kind(**options)
@@ -538,6 +540,13 @@ def test_every_tensor_of_the_published_sizes_has_its_place(name, monkeypatch):
     found = base.from_torch(layout.to_ours(tensors), shapes, layout.names, name)
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, shapes)
     assert sum(p.numel() for p in model.parameters()) == count
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        side, classes = options["img_resolution"], options.get("label_dim")
+        one_hot = torch.zeros(1, classes) if classes else None
+        model(torch.zeros(1, 3, side, side), torch.zeros(1), one_hot)
+    cost = multiplications(layout.net.apply, shapes, x, jnp.zeros(1))
+    # They filter images by convolutions, which are up to 0.8 % of the whole.
+    assert 2 * cost == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 # Files that must be refused

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from oracles import multiplications
 
 torch = pytest.importorskip("torch", reason="needs the test extra")
 
@@ -23,6 +24,7 @@ from test_interop_edm import (
 )
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from jaxdiff.interop import base, edm
 from jaxdiff.interop.edm import from_edm
@@ -284,6 +286,10 @@ def test_every_tensor_of_the_published_sizes_has_its_place(width, monkeypatch):
     found = base.from_torch(layout.to_ours(tensors), shapes, layout.names, str(width))
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, shapes)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == PUBLISHED[width]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 1000))
+    cost = multiplications(layout.net.apply, shapes, jnp.zeros((1, 64, 64, 4)), jnp.zeros(1))
+    assert 2 * cost == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Every prediction is read back to the x_0 that made it; every weight is the paper's."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +158,7 @@ def test_p2_without_damping_is_simple_bit_for_bit():
         (lambda: jd.time_samplers.low_discrepancy(1.0), "t_min"),
         (lambda: jd.time_samplers.log_normal(std=0.0), "std"),
         (lambda: jd.time_samplers.log_uniform(0.0), "t_min"),
+        (lambda: jd.time_samplers.steps(0), "total must be at least 1, got 0"),
     ],
 )
 def test_bad_numbers_are_refused_by_name(make, message):
@@ -170,6 +173,15 @@ def test_times_are_uniform(sampler):
     np.testing.assert_allclose(jnp.mean(jnp.sort(t) - jnp.linspace(0.1, 1, 10_000)), 0, atol=0.01)
     # The mean of w/r estimates the integral of w: here of 1/t over [0.1, 1].
     np.testing.assert_allclose(jnp.mean(inverse / t), np.log(10), rtol=0.02)
+
+
+def test_steps_are_those_of_the_chain_each_as_often():
+    process = jd.Gaussian(SCHEDULES["linear_beta"])
+    t, inverse = jd.time_samplers.steps(5)(jax.random.key(0), process, 10_000)
+    found, counts = np.unique(np.asarray(t), return_counts=True)
+    np.testing.assert_allclose(found, [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(counts, 2000, atol=5 * math.sqrt(10_000 * 0.2 * 0.8))
+    np.testing.assert_array_equal(inverse, 1.0)
 
 
 def test_low_discrepancy_spreads_each_batch():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import multiplications
 
 from jaxdiff.experiment import load_config
 from jaxdiff.recipes import image_experiment, open_images
@@ -14,18 +15,35 @@ from jaxdiff.training import warmup_adam
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 KEY = jax.random.key(0)
-# Parameters: Song et al. 2021 and Kingma et al. 2021 by their code, as in test_unet, the latter's
-# without those of a number that is always zero. Karras et al. 2022 give 55.7 million, their code
-# exactly this, but for what it tells the network of augmentation. ADM's 295.9 million (Dhariwal and
-# Nichol 2021, table 3) with a row for no class.
+
+
+def by_xla(function, *args):
+    """Operations as XLA counts them, without those on the zeros around an image."""
+    return jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+
+def with_zeros(function, *args):
+    """Operations of products and convolutions, on those zeros too, as PyTorch counts them."""
+    return 2 * multiplications(function, *args)
+
+
+# Parameters, and GFLOP of one image, 2 a multiplication. Those of Song et al. 2021 and Kingma et
+# al. 2021 are by their code, as in test_unet, the latter's without those of a number that is always
+# zero. Ho et al. 2020 give 35.7 million: diffusers' UNet2DModel has this number, and this cost by
+# PyTorch's FlopCounterMode. Karras et al. 2022 give 55.7 million, their code exactly this, but for
+# what it tells the network of augmentation. ADM's 295.9 million (Dhariwal and Nichol 2021, table 3)
+# with a row for no class; its cost is 110 in Karras et al. 2024, who count half of ours.
+# The cost of U-ViT's 44 million is derived in test_uvit, EDM's counted in test_interop_edm.
 PUBLISHED = [
-    ("cifar10_ddpmpp_vp", {}, 61_804_419),
-    ("cifar10_ddpmpp_vp", {"blocks": 8}, 106_632_579),
-    ("cifar10_ncsnpp_ve", {}, 62_758_915),
-    ("cifar10_ncsnpp_ve", {"blocks": 8}, 107_587_075),
-    ("cifar10_edm", {}, 55_733_891 - 1_152),
-    ("cifar10_vdm", {}, 30_578_179 - 512),
-    ("imagenet64_adm", {}, 295_905_222),
+    ("cifar10_ddpm", {}, 35_746_307, 12.44, with_zeros),
+    ("cifar10_ddpmpp_vp", {}, 61_804_419, 20.28, by_xla),
+    ("cifar10_ddpmpp_vp", {"blocks": 8}, 106_632_579, 34.64, by_xla),
+    ("cifar10_ncsnpp_ve", {}, 62_758_915, 20.37, by_xla),
+    ("cifar10_ncsnpp_ve", {"blocks": 8}, 107_587_075, 34.73, by_xla),
+    ("cifar10_edm", {}, 55_733_891 - 1_152, 42.38, with_zeros),
+    ("cifar10_uvit", {}, 44_255_328, 24.41, with_zeros),
+    ("cifar10_vdm", {}, 30_578_179 - 512, 51.55, by_xla),
+    ("imagenet64_adm", {}, 295_905_222, 219.37, with_zeros),
 ]
 
 
@@ -36,8 +54,8 @@ def composed(name, **options):
     return module.experiment(module.Config(shape=(side, side, 3), levels=256, **options))
 
 
-@pytest.mark.parametrize(("name", "options", "parameters"), PUBLISHED)
-def test_published_networks_train_and_sample(name, options, parameters):
+@pytest.mark.parametrize(("name", "options", "parameters", "giga", "counted"), PUBLISHED)
+def test_published_networks_train_and_sample(name, options, parameters, giga, counted):
     """By shapes alone: at full size, and the loss and a sample can be traced."""
     run = composed(name, **options)
     params = jax.eval_shape(run.init, KEY)
@@ -46,6 +64,8 @@ def test_published_networks_train_and_sample(name, options, parameters):
         abs=2 if name == "cifar10_vdm" else 0,  # the schedule's two ends
     )
     shape = run.config.shape
+    denoised = lambda params, x: run.denoiser(params)(x, jnp.float32(0.5)).mean
+    assert counted(denoised, params, jnp.zeros((1, *shape))) == pytest.approx(1e9 * giga, rel=0.01)
     batch = {"x": jnp.zeros((4, *shape), jnp.uint8), "label": jnp.zeros(4, int)}
     if not hasattr(run.config, "num_classes"):
         del batch["label"]
@@ -68,7 +88,7 @@ def test_rate_stays_after_the_warm_up():
     np.testing.assert_allclose(rates[10:], 1e-2, rtol=1e-4)
 
 
-def test_weight_decay_is_of_matrices_alone_and_the_second_moment_as_told():
+def test_weight_decay_is_of_matrices_alone_and_the_moments_as_told():
     gradient = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
     params = {"kernel": jnp.full((2, 2), 5.0), "bias": jnp.full(2, 5.0)}
 
@@ -80,14 +100,16 @@ def test_weight_decay_is_of_matrices_alone_and_the_second_moment_as_told():
     np.testing.assert_array_equal(decayed["bias"], plain["bias"])
     np.testing.assert_allclose(decayed["kernel"] - plain["kernel"], -0.1 * 0.01 * 5.0, rtol=1e-4)
     # Two gradients, the second ten times the first: m and v by hand.
-    optimizer = warmup_adam(0.1, steps=100, cosine=False, clip=math.inf, second_moment=0.9)
+    optimizer = warmup_adam(
+        0.1, steps=100, cosine=False, clip=math.inf, first_moment=0.8, second_moment=0.9
+    )
     state = optimizer.init(jnp.ones(1))
     _, state = optimizer.update(jnp.ones(1), state)
     update, _ = optimizer.update(10.0 * jnp.ones(1), state)
-    mean = (0.9 * 0.1 + 0.1 * 10) / (1 - 0.9**2)
+    mean = (0.8 * 0.2 + 0.2 * 10) / (1 - 0.8**2)
     square = (0.9 * 0.1 + 0.1 * 100) / (1 - 0.9**2)
     np.testing.assert_allclose(update, -0.1 * mean / math.sqrt(square), rtol=1e-4)
-    for name, value in (("second_moment", 1.0), ("weight_decay", -0.1)):
+    for name, value in (("first_moment", -0.1), ("second_moment", 1.0), ("weight_decay", -0.1)):
         with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
             step(**{name: value})
 

@@ -178,6 +178,7 @@ NOUNS = {
     "MinSNR": _weighting(lambda n: jd.weightings.min_snr(1e-3 * n)),
     "Uniform": _times(lambda n: jd.time_samplers.uniform(0.1 * n)),
     "LowDiscrepancy": _times(lambda n: jd.time_samplers.low_discrepancy(0.1 * n)),
+    "Steps": _times(lambda n: jd.time_samplers.steps(int(10 * n))),
     "LogUniform": _times(lambda n: jd.time_samplers.log_uniform(0.1 * n)),
     "Importance": _times(lambda n: jd.time_samplers.importance(0.1 * n)),
     "LogNormal": _times(lambda n: jd.time_samplers.log_normal(-1.0, n)),

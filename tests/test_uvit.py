@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import multiplications
 from test_networks import KEY, LEVELS, images, perturbed
 
 from jaxdiff.networks import SmoothFeatures, UViT
@@ -131,14 +132,21 @@ def test_bfloat16_computes_nearly_the_same_and_returns_float32():
 @pytest.mark.parametrize(
     ("name", "millions"), [("S", 44), ("S deep", 58), ("M", 131), ("L", 287), ("H", 501)]
 )
-def test_published_parameter_counts(name, millions):
+def test_published_parameter_counts_and_the_cost_by_hand(name, millions):
     """Table 1 of the paper: small ones for 32 × 32 × 3, the others for latents and 1000 classes."""
     small = name.startswith("S")
     net = UViT(patch=2, **SIZES[name], num_classes=None if small else 1000)
-    x = jnp.zeros((1, 32, 32, 3 if small else 4))
-    params = jax.eval_shape(net.init, KEY, x, jnp.zeros(1))
+    channels = 3 if small else 4
+    inputs = jnp.zeros((1, 32, 32, channels)), jnp.zeros(1)
+    params = jax.eval_shape(net.init, KEY, *inputs)
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     assert total / 1e6 == pytest.approx(millions, abs=0.6)
+    d, depth, patches = net.width, net.depth, 16 * 16
+    n = patches + (1 if small else 2)
+    block = (4 + 8) * n * d**2 + 2 * n**2 * d  # four projections, two layers of 4 d, attention
+    ends = 2 * patches * 4 * channels * d + 32**2 * 9 * channels**2
+    expected = depth * block + depth // 2 * n * 2 * d * d + ends
+    assert multiplications(net.apply, params, *inputs) == expected
 
 
 @pytest.mark.parametrize(
