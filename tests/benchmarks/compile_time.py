@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--remat", action="store_true")
     args = parser.parse_args()
-    print(machine(), f"; remat: {args.remat}\n", sep="")
+    print(f"{machine(args)}\n")
     rows = []
     for which in itertools.product(args.networks, args.programs):
         for scan in (False, True):

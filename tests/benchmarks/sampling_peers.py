@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     args = parsed(parser)
     versions = ", ".join(f"{name} {version(name)}" for name in args.rivals)
-    print(f"{machine()}; {versions}; {args.dtype}; memory kept: {args.keep_memory}")
+    print(f"{machine(args)}; {versions}")
     rows = []
     for side in args.sides:
         with tempfile.TemporaryDirectory() as path:

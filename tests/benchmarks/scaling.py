@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--turns", type=int, default=5)
     args = parsed(parser)
-    print(machine(), f"; {args.dtype}; memory kept: {args.keep_memory}", sep="")
+    print(machine(args))
     head = ["", "ours, images/s", "PyTorch, images/s", "ours / PyTorch, time"]
     head += ["ours, MiB", "PyTorch, MiB", "arena, MiB"]
     for name in args.sweeps:

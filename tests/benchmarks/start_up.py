@@ -5,7 +5,8 @@
 
 Every run is a new process. Ours runs with an empty compilation cache and then with the one that it
 left; PyTorch's eager and compiled, the latter with its cache emptied and then left. The U-Net is
-that of `training.py` on 32 × 32 × 3 images; the samples are 64 after 50 steps of DDIM.
+that of `training.py` on 32 × 32 × 3 images; the samples are 64 after 50 steps of DDIM. With an
+accelerator that JAX and PyTorch see, both use it.
 """
 
 import argparse
@@ -18,17 +19,20 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.training import UNET, machine, write
+from benchmarks.training import UNET, machine, parsed, write
 from benchmarks.turns import table
 
 OURS = """
 import json, sys, time
+from dataclasses import replace
 begin = time.perf_counter()
 import jax
+import jax.numpy as jnp
 import jaxdiff as jd
 from jaxdiff.training import init_state, warmup_adam
 marks = [time.perf_counter()]
 model = jd.interop.from_diffusers(sys.argv[1])
+model = replace(model, apply=model.net.clone(dtype=jnp.dtype(sys.argv[2])).apply)
 objective = jd.denoising(model.apply, model.process, model.parameterization)
 optimizer = warmup_adam(1e-3, steps=1000)
 step = jd.make_train_step(objective, optimizer, ema_decay=0.999)
@@ -47,20 +51,26 @@ begin = time.perf_counter()
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 marks = [time.perf_counter()]
-model = UNet2DModel.from_pretrained(sys.argv[1] + "/unet")
+device = "cuda" if torch.cuda.is_available() else "cpu"
+narrow = torch.autocast(device, torch.bfloat16, enabled=sys.argv[2] == "bfloat16")
+finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+model = UNet2DModel.from_pretrained(sys.argv[1] + "/unet").to(device)
 network = torch.compile(model) if COMPILED else model
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
-x, noise = torch.randn(64, 3, 32, 32), torch.randn(64, 3, 32, 32)
-times = torch.randint(0, 1000, (64,))
-loss = torch.mean((network(scheduler.add_noise(x, noise, times), times).sample - noise) ** 2)
-loss.backward()
+x, noise = torch.randn(2, 64, 3, 32, 32, device=device)
+times = torch.randint(0, 1000, (64,), device=device)
+with narrow:
+    out = network(scheduler.add_noise(x, noise, times), times).sample
+torch.mean((out.float() - noise) ** 2).backward()
 optimizer.step()
+finish()
 marks.append(time.perf_counter())
 scheduler.set_timesteps(50)
-with torch.no_grad():
+with torch.no_grad(), narrow:
     for t in scheduler.timesteps:
-        x = scheduler.step(network(x, t).sample, t, x).prev_sample
+        x = scheduler.step(network(x, t).sample.float(), t, x).prev_sample
+finish()
 marks.append(time.perf_counter())
 """
 REPORT = """
@@ -68,11 +78,11 @@ print(json.dumps([b - a for a, b in zip([begin, *marks], marks)]))
 """
 
 
-def seconds(code: str, folder: Path, cache: Path) -> list[float]:
+def seconds(code: str, folder: Path, cache: Path, dtype: str) -> list[float]:
     """Of import, first step and first samples, in a new process."""
     given = {"JAX_COMPILATION_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     given |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-c", code + REPORT, str(folder)]
+    command = [sys.executable, "-c", code + REPORT, str(folder), dtype]
     done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -83,8 +93,8 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    print(machine())
+    args = parsed(parser)
+    print(machine(args))
     codes = {
         "ours": OURS,
         "PyTorch": "COMPILED = False" + THEIRS,
@@ -100,7 +110,7 @@ def main() -> None:
             for _ in range(args.repeats):
                 with tempfile.TemporaryDirectory() as cache:
                     for of in runs.values():
-                        of.append(seconds(code, folder, Path(cache)))
+                        of.append(seconds(code, folder, Path(cache), args.dtype))
             for state, found in runs.items():
                 median = [statistics.median(column) for column in zip(*found, strict=True)]
                 row = [*median, sum(median)]

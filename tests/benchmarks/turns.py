@@ -10,6 +10,7 @@ memory that lay idle for seconds, and the next run is up to twice as slow for it
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ class Times(NamedTuple):
     Attributes:
         first: seconds to make it and to run it once: imports, tracing, compiling.
         runs: seconds of each later run.
-        peak: most memory of its process, in bytes.
+        peak: most memory of its process, on its accelerator if it uses one, in bytes.
     """
 
     first: float
@@ -88,10 +89,15 @@ def take_turns(
 
 
 def peak_memory() -> int:
-    """Most memory of this process, in bytes.
+    """Most memory of this process, of the accelerator which it uses, else of the host; in bytes.
 
-    Not by getrusage, whose number begins with the memory of the process that started this one.
+    The host's not by getrusage, whose number begins with the memory of the process that started
+    this one.
     """
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    if (jax := sys.modules.get("jax")) and (stats := jax.local_devices()[0].memory_stats()):
+        return stats["peak_bytes_in_use"]
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
