@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -114,6 +114,17 @@ def _train_options(config: type) -> type:
                 Annotated[Path | None, tyro.conf.arg(help="Folder that keeps compiled programs.")],
                 None,
             ),
+            (
+                "by",
+                Annotated[
+                    Literal["jit", "shard_map", "pmap"],
+                    tyro.conf.arg(
+                        help="How devices share a step: jit splits the program; in the others each "
+                        "runs it on its own examples, which is faster on CPUs."
+                    ),
+                ],
+                "jit",
+            ),
         ],
     )
 
@@ -130,11 +141,15 @@ def _train(words: Sequence[str]) -> None:
         options: Any = _parse(_train_options(module.Config), words[1:], f"jaxdiff train {source}")
         experiment = module.experiment(options.config)
         batches = experiment.batches()
-        mesh = data_mesh() if jax.device_count() > 1 else None
+        mesh = data_mesh() if jax.device_count() > 1 or options.by != "jit" else None
         check_divisible(batches[0], 1 if mesh is None else len(mesh.local_devices))
         jax.eval_shape(experiment.init, jax.random.key(0))
         train_step = make_train_step(
-            experiment.objective, experiment.optimizer, ema_decay=experiment.ema_decay, mesh=mesh
+            experiment.objective,
+            experiment.optimizer,
+            ema_decay=experiment.ema_decay,
+            mesh=mesh,
+            by=options.by,
         )
         save_run(options.workdir, source, experiment.config)
     if options.compilation_cache is not None:

@@ -32,6 +32,7 @@ from jaxdiff.experiment import Experiment, Likelihood
 from jaxdiff.likelihood import log_likelihood
 from jaxdiff.objectives import vdm
 from jaxdiff.parameterizations import NetDenoiser, Parameterization
+from jaxdiff.processes.base import of_whole_batch
 from jaxdiff.processes.gaussian import Gaussian, Rescaled
 from jaxdiff.samplers.ancestral import Ancestral
 from jaxdiff.samplers.base import Step
@@ -361,10 +362,12 @@ def image_experiment(
         def of_either(params, key, batch):
             flip_key, drop_key, key = jax.random.split(key, 3)
             if config.flip:
-                flips = jax.random.bernoulli(flip_key, shape=(len(batch["x"]), 1, 1, 1))
+                draw = functools.partial(jax.random.bernoulli, flip_key)
+                flips = of_whole_batch(lambda n: draw(shape=(n, 1, 1, 1)), len(batch["x"]))
                 batch = batch | {"x": jnp.where(flips, batch["x"][:, :, ::-1], batch["x"])}
             if num_classes is not None:
-                drops = jax.random.bernoulli(drop_key, config.label_dropout, batch["label"].shape)
+                draw = functools.partial(jax.random.bernoulli, drop_key, config.label_dropout)
+                drops = of_whole_batch(lambda n: draw(shape=(n,)), len(batch["label"]))
                 batch = batch | {"label": jnp.where(drops, num_classes, batch["label"])}
             return objective(params, key, batch)
 

@@ -99,10 +99,11 @@ def test_patches_come_back_to_their_places():
     np.testing.assert_array_equal(changed, expected)
 
 
-def test_what_is_computed_again_is_the_same():
+@pytest.mark.parametrize("options", [{"remat": True}, {"unroll": 2}, {"unroll": 3}])
+def test_what_is_computed_again_or_not_in_a_loop_is_the_same(options):
     x, found = images(side=16), []
-    params = perturbed(tiny(), x, LEVELS)
-    for net in (tiny(), tiny(remat=True)):
+    params = perturbed(tiny(depth=3), x, LEVELS)
+    for net in (tiny(depth=3), tiny(depth=3, **options)):
         loss = lambda p, net=net: jnp.sum(net.apply(p, x, LEVELS) ** 2)
         found.append(jax.jit(jax.value_and_grad(loss))(params))
     (value, slope), (again, other) = found
@@ -151,6 +152,7 @@ def test_published_parameter_counts_and_cost(name, millions, giga):
         ({"patch": 3}, r"x must be images.*that the patch 3 divides.*\(3, 8, 8, 1\)"),
         ({"heads": 3}, "heads must divide the width 16, got 3"),
         ({"width": 6, "heads": 2}, "4 must divide the width 6"),
+        ({"unroll": 3}, r"unroll must be in \[1, depth=2\], got 3"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(options, message):

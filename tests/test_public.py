@@ -118,7 +118,7 @@ def no_noise(params, x):
     return params["w"] * x
 
 
-def _learned(n):
+def learned(n):
     return {"network": {"w": n}, "schedule": vars(jd.learned_gamma(-5.0, n, hidden=2))}
 
 
@@ -264,7 +264,7 @@ NOUNS = {
     ),
     "VDM": Noun(
         lambda n: jd.vdm(apply, jd.epsilon(), decoder=elbo.discrete_decoder(17, floor=n)),
-        lambda objective: objective(_learned(1.0), KEY, BATCH)[0],
+        lambda objective: objective(learned(1.0), KEY, BATCH)[0],
     ),
     "LevelDecoder": Noun(
         lambda n: vdm.LevelDecoder(centres=n * jnp.linspace(-1.0, 1.0, 5)),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from jaxdiff.parallel import (
     shard_batch,
     start_distributed,
 )
+from jaxdiff.processes.base import example_indices
 from jaxdiff.training import (
     NonFiniteLoss,
     fit,
@@ -40,7 +42,7 @@ STEPS, SAVE_EVERY, KILLED_AT = 12, 3, 8
 
 def denoising_loss(params, key, batch):
     """A noisy regression whose noise is keyed by the example's index in the global batch."""
-    indices = jnp.arange(batch["x"].shape[0])
+    indices, _ = example_indices(len(batch["x"]))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
     noise = jax.vmap(lambda k: jax.random.normal(k, (4,)))(keys)
     hidden = jnp.tanh((batch["x"] + noise) @ params["w"])
@@ -198,8 +200,9 @@ def test_dtypes_are_those_of_the_parameters(x64, dtype):
 def test_four_devices_do_what_one_does():
     optimizer = optax.adam(1e-2)
     states, noises = [], []
-    for mesh in (None, data_mesh(jax.devices()[:1]), data_mesh()):
-        train_step = make_train_step(denoising_loss, optimizer, ema_decay=0.99, mesh=mesh)
+    ways = [(None, "jit"), (data_mesh(jax.devices()[:1]), "jit")]
+    for mesh, by in ways + [(data_mesh(), by) for by in ("pmap", "shard_map", "jit")]:
+        train_step = make_train_step(denoising_loss, optimizer, ema_decay=0.99, mesh=mesh, by=by)
         state = init_state(network_params(), optimizer, jax.random.key(1), mesh=mesh)
         noise = []
         for step in range(5):
@@ -216,6 +219,31 @@ def test_four_devices_do_what_one_does():
         np.testing.assert_allclose(noise, noises[0], rtol=1e-6, atol=1e-7)
         for x, y in zip(jax.tree.leaves(states[0]), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.devices(4)
+@pytest.mark.parametrize("by", ["shard_map", "pmap"])
+def test_gradients_and_metrics_are_summed_at_once_and_the_state_is_donated(by):
+    mesh, optimizer = data_mesh(), optax.adam(1e-2)
+    train_step = make_train_step(denoising_loss, optimizer, ema_decay=0.99, mesh=mesh, by=by)
+    state = init_state(network_params(), optimizer, jax.random.key(1), mesh=mesh)
+    batch = shard_batch(Data()[0], mesh)
+    text = jax.jit(train_step).lower(state, batch).compile().as_text()
+    sums = re.findall(r" = (\S+) all-reduce\(", text)
+    assert len(sums) == 1
+    assert sums[0].startswith(f"f32[{4 * 16 * 2 + 2}]")  # two matrices, the loss and a metric
+    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
+    old = state.params["w"]
+    train_step(state, batch)
+    assert old.is_deleted()
+
+
+@pytest.mark.devices(4)
+def test_ways_that_there_are_not_are_refused():
+    with pytest.raises(ValueError, match="by must be 'jit', 'shard_map' or 'pmap', got 'map'"):
+        make_train_step(denoising_loss, optax.sgd(0.1), ema_decay=0.9, mesh=data_mesh(), by="map")
+    with pytest.raises(ValueError, match="mesh must be given for by='pmap', got None"):
+        make_train_step(denoising_loss, optax.sgd(0.1), ema_decay=0.9, by="pmap")
 
 
 @pytest.mark.devices(4)

@@ -22,7 +22,7 @@ from jaxdiff import grids, struct
 from jaxdiff.distributions import Categorical
 from jaxdiff.objectives.base import named
 from jaxdiff.parameterizations import Apply
-from jaxdiff.processes.base import Denoised, example_keys
+from jaxdiff.processes.base import Denoised, example_keys, of_whole_batch
 from jaxdiff.processes.d3pm import D3PM, AbsorbingKernel, Logits
 from jaxdiff.time_samplers import even
 from jaxdiff.typing import Batch, Grid, Key, Metrics, Params, Scalar
@@ -46,7 +46,8 @@ class CategoricalBound:
         time_key, key = jax.random.split(key)
         tokens = _tokens(batch)
         steps = self.grid.shape[0] - 1
-        index = jnp.floor(steps * even(time_key, len(tokens))).astype(int)
+        spread = of_whole_batch(lambda n: even(time_key, n), len(tokens))
+        index = jnp.floor(steps * spread).astype(int)
         t, s = self.grid[index], self.grid[index + 1]
         noisy, out = _noised(self, params, key, batch, t)
 
@@ -135,7 +136,8 @@ class MaskedCrossEntropy:
         """The loss of each example [b] in nats, and the share of masked tokens."""
         time_key, key = jax.random.split(key)
         tokens = _tokens(batch)
-        t = self.t_min + (1.0 - self.t_min) * even(time_key, len(tokens))
+        spread = of_whole_batch(lambda n: even(time_key, n), len(tokens))
+        t = self.t_min + (1.0 - self.t_min) * spread
         noisy, out = _noised(self, params, key, batch, t)
 
         def parts(tokens, noisy, out, t):

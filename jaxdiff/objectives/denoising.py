@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxdiff import struct
 from jaxdiff.objectives.base import named
 from jaxdiff.parameterizations import Apply, Parameterization, predict
-from jaxdiff.processes.base import SDE, example_keys
+from jaxdiff.processes.base import SDE, example_keys, of_whole_batch
 from jaxdiff.time_samplers import TimeSampler, uniform
 from jaxdiff.typing import Batch, Key, Metrics, Params
 from jaxdiff.weightings import Weighting, simple
@@ -39,7 +39,9 @@ class Denoising:
         """The loss of each example [b], and its unweighted part."""
         x0 = batch["x"]
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
-        t, inverse_density = self.time_sampler(time_key, self.process, x0.shape[0])
+        t, inverse_density = of_whole_batch(
+            lambda n: self.time_sampler(time_key, self.process, n), x0.shape[0]
+        )
         keys = example_keys(noise_key, x0.shape[0])
 
         x = jax.vmap(lambda key, x0, t: self.process.marginal(x0, t).sample(key))(keys, x0, t)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from jaxdiff import struct
 from jaxdiff.objectives.base import named
 from jaxdiff.parameterizations import Apply, Parameterization, predict
-from jaxdiff.processes.base import example_keys
+from jaxdiff.processes.base import example_keys, of_whole_batch
 from jaxdiff.processes.cld import CLD
 from jaxdiff.time_samplers import TimeSampler, uniform
 from jaxdiff.typing import Batch, Data, Key, Metrics, Params, State, Time
@@ -49,7 +49,9 @@ class HybridScoreMatching:
         """The loss of each example [b], and its unweighted part."""
         x0 = batch["x"]
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
-        t, inverse_density = self.time_sampler(time_key, self.process, x0.shape[0])
+        t, inverse_density = of_whole_batch(
+            lambda n: self.time_sampler(time_key, self.process, n), x0.shape[0]
+        )
         keys = example_keys(noise_key, x0.shape[0])
 
         z, target = jax.vmap(self.example)(keys, x0, t)

@@ -18,7 +18,7 @@ from jaxdiff import struct
 from jaxdiff.objectives.base import named
 from jaxdiff.objectives.elbo import Decoder, log_density
 from jaxdiff.parameterizations import Apply, LearnedVariance, predict
-from jaxdiff.processes.base import Denoised, example_keys
+from jaxdiff.processes.base import Denoised, example_keys, of_whole_batch
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.time_samplers import TimeSampler, uniform
 from jaxdiff.typing import Batch, Key, Metrics, Params, Scalar
@@ -42,7 +42,9 @@ class ImprovedDDPM:
         """The loss of each example [b], and its two parts."""
         x0 = batch["x"]
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
-        times, inverse_density = self.time_sampler(time_key, self.process, x0.shape[0])
+        times, inverse_density = of_whole_batch(
+            lambda n: self.time_sampler(time_key, self.process, n), x0.shape[0]
+        )
         # Times between two steps belong to the later one.
         step = jnp.clip(jnp.ceil(times * self.parameterization.steps), 1.0)
         t, s = step / self.parameterization.steps, (step - 1.0) / self.parameterization.steps

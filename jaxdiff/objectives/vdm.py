@@ -39,7 +39,7 @@ from jaxdiff.distributions import Normal
 from jaxdiff.objectives.base import named
 from jaxdiff.objectives.elbo import ELBO, Decoder, log_density
 from jaxdiff.parameterizations import Apply, NetDenoiser, Parameterization, predict
-from jaxdiff.processes.base import example_keys
+from jaxdiff.processes.base import example_keys, of_whole_batch
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.schedules import LearnedGamma
 from jaxdiff.time_samplers import even
@@ -107,7 +107,7 @@ class VDM:
         """The bound of each example [b] in nats per coordinate, and its three terms."""
         x0 = batch["x"]
         time_key, noise_key, dropout_key = jax.random.split(key, 3)
-        t = even(time_key, x0.shape[0])
+        t = of_whole_batch(lambda n: even(time_key, n), x0.shape[0])
         given = named(batch, dropout_key, self.dropout)
         keys = example_keys(noise_key, x0.shape[0])
 

@@ -11,7 +11,7 @@ these two everything else of a diffusion model is derived, once, for all process
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,15 @@ __all__ = [
     "Denoiser",
     "Process",
     "along",
+    "example_indices",
     "example_keys",
     "noise_rate",
+    "of_whole_batch",
     "score",
 ]
+
+
+T = TypeVar("T")
 
 
 class Denoised(NamedTuple):
@@ -128,8 +133,44 @@ def noise_rate(process: SDE, t: Time) -> Float[Array, "..."]:
     return jnp.where(jnp.isfinite(g), g, 0.0)
 
 
+def example_indices(count: int) -> tuple[Int[Array, "count"], int]:
+    """The places of a function's examples in the whole batch, and the size of that.
+
+    Under a `shard_map` or `pmap` over the axis "data" a function sees the examples of one shard.
+    Noise that is keyed by these indices is then that of the whole batch on one device.
+
+    Args:
+        count: number of examples that the function sees.
+
+    Returns:
+        ([count] indices, size of the whole batch).
+    """
+    try:
+        shard, shards = jax.lax.axis_index("data"), jax.lax.axis_size("data")
+    except NameError:  # no such axis: the batch is whole
+        return jnp.arange(count), count
+    return shard * count + jnp.arange(count), shards * count
+
+
+def of_whole_batch(draw: Callable[[int], T], count: int) -> T:
+    """What a shard has of numbers drawn for the whole batch; see `example_indices`.
+
+    Args:
+        draw: size of the whole batch ↦ a tree of arrays [size, …].
+        count: number of examples that the calling function sees.
+
+    Returns:
+        The tree of arrays [count, …].
+    """
+    index, total = example_indices(count)
+    drawn = draw(total)
+    return drawn if total == count else jax.tree.map(lambda array: array[index], drawn)
+
+
 def example_keys(key: Key, count: int) -> Key:
     """One key an example: `fold_in(key, index)`, whatever the batch is split into.
+
+    The indices are those of `example_indices`.
 
     Args:
         key: one key, or already one an example [count], which is returned as it is: so a caller
@@ -144,7 +185,7 @@ def example_keys(key: Key, count: int) -> Key:
     """
     single = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
     if key.ndim == single:
-        index: Int[Array, "count"] = jnp.arange(count)
+        index, _ = example_indices(count)
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
     if key.shape[0] != count:
         raise ValueError(f"key holds {key.shape[0]} keys for a batch of {count}; give one or all.")

@@ -31,6 +31,7 @@ WITHOUT = (
     "convolutions' gradients",
     "attention by slices",
     "barriers",
+    "one sum of gradients",
     "a device a core",
 )
 # Side of the images, batch.
@@ -118,7 +119,8 @@ def step(side: int, batch: int, without: str):
     objective = jd.denoising(net.apply, process, jd.epsilon())
     mesh = jd.parallel.data_mesh()
     data = jd.parallel.shard_batch({"x": x}, mesh)
-    run = jd.make_train_step(objective, optimizer, ema_decay=0.999, mesh=mesh)
+    by = "jit" if without == "one sum of gradients" else "shard_map"
+    run = jd.make_train_step(objective, optimizer, ema_decay=0.999, mesh=mesh, by=by)
     params = jax.jit(net.init)(keys[1], x, jnp.zeros(batch))
     state = init_state(params, optimizer, keys[2], mesh=mesh)
 

@@ -65,7 +65,7 @@ def main() -> None:
                 work = folder, "step", side, batch, args.dtype
                 times = take_turns(
                     {
-                        "ours": functools.partial(ours, *work, True, False),
+                        "ours": functools.partial(ours, *work, "shard_map", False),
                         "PyTorch": functools.partial(theirs, *work, False, False),
                     },
                     turns=args.turns,

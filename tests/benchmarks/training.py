@@ -11,8 +11,9 @@ they take turns; medians are compared. The table is markdown; its last column is
 that of the best of PyTorch's, and the share of the rate of one large product of matrices.
 
 XLA's convolutions use one core, so `ours` shares the batch out over as many CPU devices as there
-are cores; the other two use one device, and `by Eigen` leaves its convolutions to another library
-in XLA, which uses all cores. XLA also gives every step's memory back and asks for it again:
+are cores, and each runs the step on its own images (`by="shard_map"`); `by jit` lets the compiler
+split the step. The other two use one device, and `by Eigen` leaves its convolutions to another
+library in XLA, which uses all cores. XLA also gives every step's memory back and asks for it again:
 `--keep-memory` tells the C library to keep it, in large pages, for all contenders. With an
 accelerator that JAX and PyTorch see, both use it (`--dtype bfloat16` for either), and memory is
 the accelerator's.
@@ -74,11 +75,12 @@ NETWORKS = {
     "ddpm-type deep 109M, batch 512": (DEEP, 32, 512),
     "ddpm-type deep 109M, batch 1024": (DEEP, 32, 1024),
 }
-# Name ↦ whether each core is a device, whether XLA leaves convolutions to Eigen.
+# Name ↦ how devices share a step, if each core is one; whether XLA leaves convolutions to Eigen.
 OURS = {
-    "ours": (True, False),
-    "ours, one device": (False, False),
-    "ours, one device, by Eigen": (False, True),
+    "ours": ("shard_map", False),
+    "ours, by jit": ("jit", False),
+    "ours, one device": (None, False),
+    "ours, one device, by Eigen": (None, True),
 }
 EIGEN = (
     "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_DOT"
@@ -126,9 +128,9 @@ def write(config: dict, side: int, folder: Path) -> tuple[int, int]:
     return parameters, counter.get_total_flops()
 
 
-def ours(folder: Path, task: str, side: int, batch: int, dtype: str, shared: bool, eigen: bool):
+def ours(folder: Path, task: str, side: int, batch: int, dtype: str, by: str | None, eigen: bool):
     """The network by this library, as a function that runs the task once."""
-    if shared:  # Says nothing to an accelerator.
+    if by is not None:  # Says nothing to an accelerator.
         os.environ["JAX_NUM_CPU_DEVICES"] = str(os.cpu_count())
     if eigen:
         os.environ["XLA_FLAGS"] = EIGEN
@@ -136,10 +138,13 @@ def ours(folder: Path, task: str, side: int, batch: int, dtype: str, shared: boo
     import jax.numpy as jnp
 
     import jaxdiff as jd
+    from jaxdiff import networks
     from jaxdiff.training import init_state, warmup_adam
 
     model = jd.interop.from_diffusers(folder)
     net = model.net.clone(dtype=jnp.dtype(dtype))
+    if isinstance(net, networks.DiT):
+        net = net.clone(unroll=net.depth)
     x = jax.random.normal(jax.random.key(0), (batch, side, side, 3))
     mesh = jd.parallel.data_mesh()
     data = jd.parallel.shard_batch({"x": x, "steps": jnp.full(batch, 500.0)}, mesh)
@@ -153,7 +158,8 @@ def ours(folder: Path, task: str, side: int, batch: int, dtype: str, shared: boo
         run = jax.jit(jax.grad(mean))
         return lambda: jax.block_until_ready(run(params, jax.random.key(1), data["x"]))
     optimizer = warmup_adam(1e-3, steps=10**6, clip=float("inf"), cosine=False)
-    step = jd.make_train_step(objective, optimizer, ema_decay=0.999, mesh=mesh)
+    by = by if jax.default_backend() == "cpu" and by else "jit"
+    step = jd.make_train_step(objective, optimizer, ema_decay=0.999, mesh=mesh, by=by)
     state = init_state(model.params, optimizer, jax.random.key(1), mesh=mesh)
 
     def run_step():
@@ -282,7 +288,7 @@ def main() -> None:
                 makers = {
                     who: functools.partial(ours, *work, *settings)
                     for who, settings in OURS.items()
-                    if who == "ours" or on_cpu
+                    if who == "ours" or (on_cpu and (task == "step" or settings[0] != "jit"))
                 }
                 for rival in args.rivals:
                     compiled, last = RIVALS[rival]
