@@ -183,7 +183,7 @@ def main() -> None:
                     makers[name] = functools.partial(theirs, *work)
             bare = folder, "forward", side, IMAGES, args.dtype
             calls = {
-                f"calls, {OURS}": (training.ours, *bare, True, False),
+                f"calls, {OURS}": (training.ours, *bare, "jit", False),
                 "calls, eager": (training.theirs, *bare, False, False),
                 "calls, compiled": (training.theirs, *bare, True, False),
             }
