@@ -3,9 +3,8 @@
     jaxdiff train configs/cifar10_ddpm.py --workdir runs/ddpm
 
 Values are those of Ho et al. 2020, arXiv 2006.11239, and of the script that its authors released
-(github.com/hojonathanho/diffusion: scripts/run_cifar.py, "script" below). The sampler's variance is
-the smaller of the paper's two, which it found alike (section 3.2). The data set must have been
-prepared: see the README. A run of that length is for an accelerator.
+(github.com/hojonathanho/diffusion: scripts/run_cifar.py, "script" below). The data set must have
+been prepared: see the README. A run of that length is for an accelerator.
 """
 
 import functools
@@ -16,7 +15,7 @@ import numpy as np
 import jaxdiff as jd
 from jaxdiff import networks
 from jaxdiff.networks.unet import DDPM
-from jaxdiff.parameterizations import discrete_time
+from jaxdiff.parameterizations import StepNumber
 from jaxdiff.recipes import (
     ImageOptions,
     ScoreOptions,
@@ -77,7 +76,7 @@ def experiment(config: Config) -> jd.Experiment:
 
     betas = np.linspace(config.beta_first, config.beta_last, config.train_steps)
     process = jd.Gaussian(jd.from_betas(betas))
-    parameterization = jd.epsilon(noise_level=discrete_time)
+    parameterization = jd.epsilon(noise_level=StepNumber(config.train_steps))
     net = config.unet(variant=DDPM, embedding=networks.Sinusoidal(config.width))
     return score_experiment(
         config,
@@ -93,5 +92,6 @@ def experiment(config: Config) -> jd.Experiment:
             time_sampler=jd.time_samplers.steps(config.train_steps),
         ),
         step=jd.Ancestral(process),
-        grid=jd.grids.uniform(config.sampler_steps),
+        grid=jd.grids.trailing(config.sampler_steps, config.train_steps),
+        sampled=functools.partial(jd.UnitVariance, process),  # the script's fixedlarge
     )

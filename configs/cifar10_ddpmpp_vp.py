@@ -61,7 +61,7 @@ class Config(TrainingOptions, UNetOptions, ImageOptions, ScoreOptions):
     beta_max: float = 20.0
     """Rate of the process at t = 1. (Appendix C.)"""
     sampler_steps: int = 1000
-    """Steps of the sampler: Euler–Maruyama. (Section 4.)"""
+    """Steps of the sampler: Euler–Maruyama, the last without noise. (Section 4; code.)"""
     tolerance: float = 1e-5
     """Of the likelihood's ODE solver. (Appendix D.2.)"""
 
@@ -81,6 +81,6 @@ def experiment(config: Config) -> jd.Experiment:
         process=process,
         parameterization=parameterization,
         objective=functools.partial(jd.denoising, net.apply, process, parameterization),
-        step=jd.EulerMaruyama(process),
+        step=jd.EulerMaruyama(process, final_noise=False),
         grid=jd.grids.uniform(config.sampler_steps),
     )

@@ -3,8 +3,9 @@
     jaxdiff train configs/cifar10_uvit.py --workdir runs/uvit
 
 Values are those of Bao et al. 2023, arXiv 2209.12152, and of the config that its authors released
-(github.com/baofff/U-ViT: configs/cifar10_uvit_small.py, "code" below). The data set must have been
-prepared: see the README. A run of that length is for an accelerator.
+(github.com/baofff/U-ViT: configs/cifar10_uvit_small.py, "code" below). Unlike theirs, the last
+convolution starts at zero. The data set must have been prepared: see the README. A run of that
+length is for an accelerator.
 """
 
 import functools
@@ -64,7 +65,7 @@ class Config(TrainingOptions, ImageOptions, ScoreOptions):
     first_moment: float = 0.99
     """Decay of Adam's average of gradients. (Code: betas.)"""
     weight_decay: float = 0.03
-    """Decay of matrices and kernels, times the rate. (Code.)"""
+    """Decay of all but biases and the scales of norms, times the rate. (Code, of these too.)"""
     ema_decay: float = 0.9999
     """Decay of the averaged parameters. (Code: train.py.)"""
     beta_min: float = 0.1
@@ -79,6 +80,8 @@ def experiment(config: Config) -> jd.Experiment:
     """Composes the run."""
     at_least(1, config, "sampler_steps", "patch", "width", "heads")
     one_of(config, dtype=("float32", "bfloat16"))
+    if not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}.")
     config, images, _, _ = open_images(config)
 
     process = jd.Gaussian(jd.linear_beta(config.beta_min, config.beta_max))
@@ -100,6 +103,6 @@ def experiment(config: Config) -> jd.Experiment:
         process=process,
         parameterization=parameterization,
         objective=functools.partial(jd.denoising, net.apply, process, parameterization),
-        step=jd.EulerMaruyama(process),
+        step=jd.EulerMaruyama(process, final_noise=False),
         grid=jd.grids.uniform(config.sampler_steps),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jaxdiff as jd
 from jaxdiff import networks
 from jaxdiff.networks.unet import ADM
-from jaxdiff.parameterizations import discrete_time
+from jaxdiff.parameterizations import StepNumber
 from jaxdiff.recipes import (
     ClassOptions,
     ImageOptions,
@@ -78,7 +78,7 @@ def experiment(config: Config) -> jd.Experiment:
 
     process = jd.Gaussian(jd.from_betas(cosine_betas(config.train_steps)))
     parameterization = jd.learned_variance(
-        jd.epsilon(noise_level=discrete_time), steps=config.train_steps
+        jd.epsilon(noise_level=StepNumber(config.train_steps)), steps=config.train_steps
     )
     net = config.unet(
         variant=ADM,
@@ -96,5 +96,5 @@ def experiment(config: Config) -> jd.Experiment:
         parameterization=parameterization,
         objective=functools.partial(jd.improved_ddpm, net.apply, process, parameterization),
         step=jd.Ancestral(process),
-        grid=jd.grids.uniform(config.sampler_steps),
+        grid=jd.grids.trailing(config.sampler_steps, config.train_steps),
     )

@@ -135,6 +135,9 @@ def per_shard(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
 
         found = per_shard(one, mesh)(denoise, keys, x)
 
+    One key in `whole` does as well: each device has the noise of its examples in the whole batch
+    (`example_indices`), so what a function draws for all of them alike differs between devices.
+
     Args:
         function: (whole, *parts [n, …]) ↦ a tree of arrays [n, …], for any number n of examples.
         mesh: the mesh from `data_mesh`.

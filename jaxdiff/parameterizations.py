@@ -25,7 +25,7 @@ coordinate in which a smooth embedding keeps the drift smooth in t and adaptive 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ __all__ = [
     "NoiseLevel",
     "Parameterization",
     "Score",
+    "StepNumber",
     "V",
     "Velocity",
     "discrete_time",
@@ -76,8 +77,22 @@ def quarter_log_snr(process: Gaussian, t: Time) -> Time:
 
 
 def discrete_time(process: Gaussian, t: Time) -> Time:
-    """999 t, DDPM's step number: for `Sinusoidal` embeddings (Song et al. 2021, appendix C)."""
+    """999 t, for `Sinusoidal` embeddings of a continuous time (Song et al. 2021, appendix C)."""
     return 999.0 * t
+
+
+class StepNumber(NamedTuple):
+    """Step k = T t − 1 of a chain of T: 0 … T − 1, as the networks of DDPM are told.
+
+    Attributes:
+        total: T.
+    """
+
+    total: int
+
+    def __call__(self, process: Gaussian, t: Time) -> Time:
+        """T t − 1."""
+        return self.total * t - 1.0
 
 
 def log_sigma(process: Gaussian, t: Time) -> Time:

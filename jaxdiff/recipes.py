@@ -32,7 +32,7 @@ from jaxdiff.experiment import Experiment, Likelihood
 from jaxdiff.likelihood import log_likelihood
 from jaxdiff.objectives import vdm
 from jaxdiff.parameterizations import NetDenoiser, Parameterization
-from jaxdiff.processes.base import of_whole_batch
+from jaxdiff.processes.base import Denoiser, of_whole_batch
 from jaxdiff.processes.gaussian import Gaussian, Rescaled
 from jaxdiff.samplers.ancestral import Ancestral
 from jaxdiff.samplers.base import Step
@@ -95,7 +95,7 @@ class TrainingOptions:
     second_moment: float = 0.999
     """Decay of Adam's average of squared gradients."""
     weight_decay: float = 0.0
-    """Decay of matrices and kernels, times the rate."""
+    """Decay of all but biases and the scales of norms, times the rate."""
     ema_decay: float = 0.999
     """Decay of the averaged parameters."""
     seed: int = 0
@@ -476,6 +476,7 @@ def score_experiment(
     objective: Callable[..., Objective],
     step: Step,
     grid: Array,
+    sampled: Callable[[Denoiser], Denoiser] = lambda denoise: denoise,
 ) -> Experiment:
     """A run on images by a score model: its samples, and its exact likelihood.
 
@@ -491,6 +492,7 @@ def score_experiment(
         objective: dropout ↦ the loss.
         step: of the sampler.
         grid: its times.
+        sampled: the model ↦ what the sampler is given, such as `UnitVariance`.
 
     Raises:
         ValueError: for an option outside its range.
@@ -506,7 +508,8 @@ def score_experiment(
         if (classes := net.num_classes) is not None:
             draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))
             condition["label"] = draw(of_class)
-        return run_sampler(step, denoiser(params, **condition), grid, noise, x, **options)
+        denoise = sampled(denoiser(params, **condition))
+        return run_sampler(step, denoise, grid, noise, x, **options)
 
     def log_p(params, keys, x, **accuracy):
         return log_likelihood(process, denoiser(params), x, key=keys, **accuracy)

@@ -109,8 +109,10 @@ def make_train_step(
     here do. By "jit" the compiler splits the program and decides where gradients are summed. By
     "shard_map" or "pmap" each device runs the program on its own examples, and one sum over the
     devices of everything, laid end to end, makes the update: on CPUs, which wait for one another
-    at every array that is summed, this is faster. Objectives then find the places of their examples
-    with `example_indices`, and the masks of dropout depend on the number of devices.
+    at every array that is summed, this is faster. The objective is then called for each device's
+    examples with the same key: those here find the places of their examples by
+    `processes.base.example_indices`, and so must yours, or each device draws the same noise. The
+    masks of dropout depend on the number of devices.
 
     Args:
         objective: the per-example loss.
@@ -125,7 +127,8 @@ def make_train_step(
         ValueError, before tracing, if the batch does not divide over the mesh.
 
     Raises:
-        ValueError: if `ema_decay` is outside [0, 1), or `by` is none of the three, or needs a mesh.
+        ValueError: if `ema_decay` is outside [0, 1), or `by` is none of the three, or `mesh` is not
+            what it needs.
 
     References:
         Polyak and Juditsky 1992 (averaging). The warm-up of the decay is that of TensorFlow's
@@ -137,6 +140,8 @@ def make_train_step(
         raise ValueError(f"by must be 'jit', 'shard_map' or 'pmap', got {by!r}")
     if by != "jit" and mesh is None:
         raise ValueError(f"mesh must be given for by={by!r}, got None")
+    if by == "pmap" and mesh is not None and mesh.is_multi_process:
+        raise ValueError("mesh must be of one process for by='pmap', got one of several")
 
     def loss_fn(params: Params, key: Key, batch: Batch) -> tuple[Array, Metrics]:
         metrics = _mean_metrics(objective, params, key, batch)
@@ -203,7 +208,8 @@ def warmup_adam(
         cosine: whether the rate falls after the warm-up, else it stays.
         first_moment: decay of the average of gradients, in [0, 1).
         second_moment: decay of the average of their squares, in [0, 1).
-        weight_decay: of matrices and kernels, not of vectors such as biases; ≥ 0, times the rate.
+        weight_decay: of all but biases and the scales of norms, by their names; ≥ 0, times the
+            rate.
 
     Returns:
         The optax transformation.
@@ -233,13 +239,17 @@ def warmup_adam(
     adam = optax.adam(rate, first_moment, second_moment)
     if weight_decay:
         adam = optax.adamw(
-            rate, first_moment, second_moment, weight_decay=weight_decay, mask=_matrices
+            rate, first_moment, second_moment, weight_decay=weight_decay, mask=_decayed
         )
     return optax.chain(optax.clip_by_global_norm(clip), adam)
 
 
-def _matrices(params: Params) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+def _decayed(params: Params) -> Any:
+    # Not by their axes: what a loop over blocks stacks has one more.
+    def is_decayed(path: Any, _: Array) -> bool:
+        return getattr(path[-1], "key", None) not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def fit(

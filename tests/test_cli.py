@@ -491,6 +491,17 @@ def test_more_steps_go_on_as_if_never_stopped(copied_run, small, npz, tmp_path):
     assert float(resumed["w"]) == float(straight["w"])
 
 
+@pytest.mark.parametrize("by", ["shard_map", "pmap"])
+def test_every_way_to_share_a_step_goes_on_with_another_s_run(by, copied_run, small, npz, tmp_path):
+    command(small, npz, copied_run, "--steps", "7", "--by", by)
+    command(small, npz, tmp_path / "straight", "--steps", "7")
+    abstract = jax.eval_shape(load_run(copied_run).init, jax.random.key(0))
+    resumed, straight = (
+        restore_ema(run / "checkpoints", abstract) for run in (copied_run, tmp_path / "straight")
+    )
+    np.testing.assert_allclose(resumed["w"], straight["w"], rtol=1e-6)
+
+
 def test_other_values_are_refused(copied_run, small, npz, capsys):
     before = files(copied_run)
     words = ["train", small, "--workdir", copied_run, "--dataset", npz, "--rate", "0.2"]

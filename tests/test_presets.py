@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from oracles import multiplications
 
+from jaxdiff import networks
 from jaxdiff.experiment import load_config
 from jaxdiff.recipes import image_experiment, open_images
 from jaxdiff.training import warmup_adam
@@ -76,6 +77,12 @@ def test_published_networks_train_and_sample(name, options, parameters, giga, co
         assert sample.shape == (2, *shape)
 
 
+def test_how_a_network_computes_is_told_to_it():
+    config = load_config(CONFIGS / "digits.py").Config(dtype="bfloat16", remat=True, scan=True)
+    net = config.unet()
+    assert (net.dtype, net.remat, net.scan) == (jnp.bfloat16, True, True)
+
+
 def test_rate_stays_after_the_warm_up():
     """As published: Adam at the rate of the config from the end of the warm-up on."""
     optimizer = warmup_adam(1e-2, steps=100, warmup=10, clip=math.inf, cosine=False)
@@ -88,7 +95,7 @@ def test_rate_stays_after_the_warm_up():
     np.testing.assert_allclose(rates[10:], 1e-2, rtol=1e-4)
 
 
-def test_weight_decay_is_of_matrices_alone_and_the_moments_as_told():
+def test_weight_decay_spares_biases_and_scales_and_the_moments_are_as_told():
     gradient = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
     params = {"kernel": jnp.full((2, 2), 5.0), "bias": jnp.full(2, 5.0)}
 
@@ -99,6 +106,17 @@ def test_weight_decay_is_of_matrices_alone_and_the_moments_as_told():
     plain, decayed = step(), step(weight_decay=0.01)
     np.testing.assert_array_equal(decayed["bias"], plain["bias"])
     np.testing.assert_allclose(decayed["kernel"] - plain["kernel"], -0.1 * 0.01 * 5.0, rtol=1e-4)
+    # The blocks of a Transformer are stacked: their biases have two axes.
+    net = networks.DiT(width=16, depth=2, heads=2)
+    x = jnp.zeros((1, 4, 4, 1))
+    shapes = jax.eval_shape(net.init, KEY, x, jnp.zeros(1))
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 5.0), shapes)
+    first = jax.tree.map(jnp.ones_like, params)
+    optimizer = warmup_adam(0.1, steps=100, cosine=False, weight_decay=0.01)
+    updates, _ = optimizer.update(first, optimizer.init(params), params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+        expected = -0.1 if path[-1].key in ("bias", "scale") else -0.105
+        np.testing.assert_allclose(leaf, expected, rtol=1e-3)
     # Two gradients, the second ten times the first: m and v by hand.
     optimizer = warmup_adam(
         0.1, steps=100, cosine=False, clip=math.inf, first_moment=0.8, second_moment=0.9

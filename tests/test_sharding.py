@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from oracles import GMM5
 from test_presets import seen
 from test_public import KEY, VP, apply, first_half, learned, logits, no_noise, twice
 
@@ -119,6 +120,24 @@ def test_indices_count_on_over_the_shards():
     np.testing.assert_array_equal(drawn, np.arange(8))
     np.testing.assert_array_equal(keys, jax.random.key_data(example_keys(KEY, 8)))
     np.testing.assert_array_equal(told(X)[0], np.arange(8))
+
+
+@pytest.mark.parametrize("name", ["samples", "likelihood"])
+def test_one_key_for_all_devices_is_that_of_the_whole_batch(name):
+    denoise = GMM5.denoiser(VP)
+
+    def samples(given, x):
+        return jd.sample(jd.Ancestral(VP), given[0], jd.grids.uniform(5), given[1], x)
+
+    def likelihood(given, x):
+        # Steps of its own for each example, as shards cannot agree on them.
+        found = jd.log_likelihood(VP, given[0], x, key=given[1], probes=1, per_example=True)
+        return found.value
+
+    function = {"samples": samples, "likelihood": likelihood}[name]
+    expected = jax.jit(function)((denoise, KEY), X)
+    found = jd.parallel.per_shard(function, jd.parallel.data_mesh())((denoise, KEY), X)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_each_shard_has_masks_of_dropout_of_its_own():

@@ -4,6 +4,8 @@ import itertools
 from typing import Any, NamedTuple
 from unittest import mock
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,6 +217,25 @@ def test_euler_maruyama_is_the_written_rule():
     noise = jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
     expected = x + 0.05 * (0.5 * beta * x + beta * score) + (0.05 * beta) ** 0.5 * noise
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("s", [0.0, 0.01])
+def test_euler_maruyama_s_last_step_may_leave_its_noise_out(s):
+    x, keys = start(VP, (50, 2)), example_keys(KEY, 50)
+
+    def step(keys, **options):
+        euler = jd.EulerMaruyama(VP, **options)
+        return euler.update(keys, x, None, jnp.float32(0.02), jnp.float32(s), DENOISE)[0]
+
+    quiet, noisy = step(keys, final_noise=False), step(keys)
+    if s > 0.0:
+        np.testing.assert_array_equal(quiet, noisy)
+        return
+    other = example_keys(jax.random.key(7), 50)
+    np.testing.assert_array_equal(quiet, step(other, final_noise=False))
+    noise = jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
+    spread = math.sqrt(0.02 * (0.1 + 0.02 * 19.9))
+    np.testing.assert_allclose(noisy - quiet, spread * noise, rtol=1e-3, atol=1e-4)
 
 
 def test_euler_without_noise_is_exact_on_straight_lines():

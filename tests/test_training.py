@@ -239,6 +239,26 @@ def test_gradients_and_metrics_are_summed_at_once_and_the_state_is_donated(by):
 
 
 @pytest.mark.devices(4)
+@pytest.mark.parametrize("by", ["shard_map", "pmap"])
+def test_narrow_parameters_stay_narrow_and_nothing_compiles_anew(by):
+    traced = []
+
+    def objective(params, key, batch):
+        traced.append(by)
+        return denoising_loss(params, key, batch)
+
+    mesh, optimizer = data_mesh(), optax.adam(1e-2)
+    train_step = make_train_step(objective, optimizer, ema_decay=0.9, mesh=mesh, by=by)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), network_params())
+    state = init_state(params, optimizer, jax.random.key(1), mesh=mesh)
+    before = jax.tree.map(lambda leaf: leaf.dtype, state)
+    for step in range(3):
+        state, _ = train_step(state, shard_batch(Data()[step], mesh))
+    assert jax.tree.map(lambda leaf: leaf.dtype, state) == before
+    assert len(traced) == 1
+
+
+@pytest.mark.devices(4)
 def test_ways_that_there_are_not_are_refused():
     with pytest.raises(ValueError, match="by must be 'jit', 'shard_map' or 'pmap', got 'map'"):
         make_train_step(denoising_loss, optax.sgd(0.1), ema_decay=0.9, mesh=data_mesh(), by="map")

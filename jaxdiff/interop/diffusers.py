@@ -26,7 +26,7 @@ from jaxdiff.interop.base import (
     to_torch,
     write_safetensors,
 )
-from jaxdiff.interop.score_sde import Steps, exploding
+from jaxdiff.interop.score_sde import exploding
 from jaxdiff.networks import unet
 from jaxdiff.networks.dit import DiT
 from jaxdiff.networks.embeddings import GaussianFourier, Sinusoidal
@@ -421,7 +421,7 @@ def _training(config: Config, scheduler: Config) -> tuple[Gaussian, Parameteriza
         "v_prediction": parameterizations.v,
     }
     parameterization = predictions[one_of(scheduler, "prediction_type", *predictions)](
-        noise_level=Steps(len(betas))
+        noise_level=parameterizations.StepNumber(len(betas))
     )
     if config.get("out_channels") == 2 * config["in_channels"]:
         parameterization = parameterizations.learned_variance(parameterization, steps=len(betas))

@@ -18,7 +18,6 @@ import numpy as np
 from jaxdiff import grids, parameterizations, schedules
 from jaxdiff.interop.base import Pretrained, from_torch, shapes_of
 from jaxdiff.interop.diffusers import scheduled_betas
-from jaxdiff.interop.score_sde import Steps
 from jaxdiff.networks import unet
 from jaxdiff.networks.embeddings import Sinusoidal
 from jaxdiff.processes.gaussian import Gaussian
@@ -271,7 +270,7 @@ def from_guided_diffusion(path: str | Path, **flags: Any) -> Pretrained:
             "beta_end": 20.0 / steps,
         }
     )
-    parameterization = parameterizations.epsilon(noise_level=Steps(steps))
+    parameterization = parameterizations.epsilon(noise_level=parameterizations.StepNumber(steps))
     if given.learn_sigma:
         parameterization = parameterizations.learned_variance(parameterization, steps=steps)
     return Pretrained(

@@ -40,7 +40,7 @@ from jaxdiff.parameterizations import Linear
 from jaxdiff.processes.gaussian import Gaussian
 from jaxdiff.typing import Grid, Params, Scalar, State, Time
 
-__all__ = ["RawEpsilon", "Steps", "exploding", "from_score_sde"]
+__all__ = ["RawEpsilon", "exploding", "from_score_sde"]
 
 Settings = Mapping[str, Any]
 Place = tuple[tuple[str, ...], tuple[int, ...]]
@@ -119,16 +119,6 @@ LEAVES = {
 # What the network is told, and what it says
 
 
-class Steps(NamedTuple):
-    """The network is told the step k = T t − 1."""
-
-    total: int
-
-    def __call__(self, process: Gaussian, t: Time) -> Time:
-        """T t − 1."""
-        return self.total * t - 1.0
-
-
 class LogSigma(NamedTuple):
     """The network is told log σ of images that are 1/scale of ours."""
 
@@ -191,7 +181,7 @@ def _process(settings: Settings) -> tuple[Gaussian, RawEpsilon, Grid]:
     rates = settings["beta_min"], settings["beta_max"]
     if not settings["continuous"]:
         betas = np.linspace(*rates, steps) / steps
-        told = RawEpsilon(noise_level=Steps(steps))
+        told = RawEpsilon(noise_level=parameterizations.StepNumber(steps))
         return Gaussian(schedules.from_betas(betas)), told, grids.uniform(steps)
     make = schedules.subvp if settings["sde"] == "subvpsde" else schedules.linear_beta
     told = RawEpsilon(noise_level=parameterizations.discrete_time)

@@ -1,10 +1,10 @@
 """What the objectives share."""
 
-import contextlib
 from typing import Any
 
 import jax
 
+from jaxdiff.processes.base import example_indices
 from jaxdiff.typing import Batch, Key
 
 __all__ = ["named"]
@@ -18,7 +18,8 @@ def named(batch: Batch, key: Key, dropout: bool) -> dict[str, Any]:
         key: of the dropout; each shard of a `shard_map` or `pmap` over "data" has one of its own.
         dropout: whether to hand it on, as `rngs={"dropout": key}`.
     """
-    with contextlib.suppress(NameError):  # no such axis: the batch is whole
-        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+    shard, shards = example_indices(1)
+    if shards > 1:
+        key = jax.random.fold_in(key, shard[0])
     condition = {name: array for name, array in batch.items() if name != "x"}
     return condition | ({"rngs": {"dropout": key}} if dropout else {})

@@ -20,12 +20,13 @@ class EulerMaruyama:
     """x_s = x + (s − t)(v − ½ η² g² ∇log p_t) + η g √(t − s) z. One network call a step.
 
     Of weak order 1. Of strong order ½ for a general SDE and 1 for these, whose noise is additive:
-    g does not depend on x. It evaluates nothing at s, so it may step to σ(s) = 0; the noise of that
-    last step stays in the sample, unless `sample(final_denoise=True)` removes it.
+    g does not depend on x. It evaluates nothing at s, so it may step to σ(s) = 0.
 
     Attributes:
         process: any SDE.
         eta: noise, ≥ 0: 1 is Anderson's reverse SDE, 0 Euler's rule for the probability flow.
+        final_noise: whether a step to s = 0 adds its noise too, as the SDE has it; images are shown
+            without (Song et al. 2021, appendix G).
 
     Note: where α(t) = 0 the rate g is infinite; there the step is the probability flow's, whose
         marginals are the same.
@@ -37,6 +38,7 @@ class EulerMaruyama:
 
     process: SDE
     eta: Scalar = 1.0
+    final_noise: bool = struct.field(pytree_node=False, default=True)
 
     def __post_init__(self) -> None:
         struct.require(self.eta >= 0.0, f"eta must be at least 0, got {self.eta}.")
@@ -49,12 +51,15 @@ class EulerMaruyama:
     ) -> tuple[State, None]:
         """Takes x [b, …] from t to s, with one key an example [b]."""
         rate = self.eta * noise_rate(self.process, t)
+        spread = jnp.sqrt(t - s)
+        if not self.final_noise:
+            spread = jnp.where(s > 0.0, spread, 0.0)
 
         def move(key, x, x0):
             g = along(rate, x)
             slope = self.process.velocity(x, x0, t)
             slope = slope - 0.5 * g**2 * score(self.process, x, x0, t)
             noise = jax.random.normal(key, x.shape, x.dtype)
-            return x + (s - t) * slope + g * jnp.sqrt(t - s) * noise
+            return x + (s - t) * slope + g * spread * noise
 
         return jax.vmap(move)(key, x, denoise(x, t).mean), state
