@@ -4,8 +4,8 @@
 
 Values are those of Bao et al. 2023, arXiv 2209.12152, and of the config that its authors released
 (github.com/baofff/U-ViT: configs/cifar10_uvit_small.py, "code" below). Unlike theirs, the last
-convolution starts at zero. The data set must have been prepared: see the README. A run of that
-length is for an accelerator.
+convolution starts at zero, and the waves of the time are those of DDPM. The data set must have been
+prepared: see the README. A run of that length is for an accelerator.
 """
 
 import functools

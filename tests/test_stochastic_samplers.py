@@ -1,10 +1,9 @@
 """Samplers with noise, correctors, Heun and EDM, their combinations, and DDIM's inverse."""
 
 import itertools
+import math
 from typing import Any, NamedTuple
 from unittest import mock
-
-import math
 
 import jax
 import jax.numpy as jnp
