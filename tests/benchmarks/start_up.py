@@ -5,8 +5,8 @@
 
 Every run is a new process. Ours runs with an empty compilation cache and then with the one that it
 left; PyTorch's eager and compiled, the latter with its cache emptied and then left. The U-Net is
-that of `training.py` on 32 × 32 × 3 images; a step is of 64, the sample one of 50 steps of DDIM. With
-an accelerator that JAX and PyTorch see, both use it.
+that of `training.py` on 32 × 32 × 3 images; a step is of 64 of them, the sample one by 50 steps of
+DDIM. With an accelerator that JAX and PyTorch see, both use it.
 """
 
 import argparse
