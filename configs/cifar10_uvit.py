@@ -65,7 +65,7 @@ class Config(TrainingOptions, ImageOptions, ScoreOptions):
     first_moment: float = 0.99
     """Decay of Adam's average of gradients. (Code: betas.)"""
     weight_decay: float = 0.03
-    """Decay of all but biases and the scales of norms, times the rate. (Code, of these too.)"""
+    """Decay of matrices and kernels, times the rate. (Code, of all parameters.)"""
     ema_decay: float = 0.9999
     """Decay of the averaged parameters. (Code: train.py.)"""
     beta_min: float = 0.1

@@ -95,7 +95,7 @@ class TrainingOptions:
     second_moment: float = 0.999
     """Decay of Adam's average of squared gradients."""
     weight_decay: float = 0.0
-    """Decay of all but biases and the scales of norms, times the rate."""
+    """Decay of matrices and kernels, times the rate."""
     ema_decay: float = 0.999
     """Decay of the averaged parameters."""
     seed: int = 0

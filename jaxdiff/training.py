@@ -208,8 +208,8 @@ def warmup_adam(
         cosine: whether the rate falls after the warm-up, else it stays.
         first_moment: decay of the average of gradients, in [0, 1).
         second_moment: decay of the average of their squares, in [0, 1).
-        weight_decay: of all but biases and the scales of norms, by their names; ≥ 0, times the
-            rate.
+        weight_decay: of matrices and kernels, not of vectors and numbers, nor of biases and scales
+            of norms that a loop over blocks has stacked; ≥ 0, times the rate.
 
     Returns:
         The optax transformation.
@@ -245,9 +245,10 @@ def warmup_adam(
 
 
 def _decayed(params: Params) -> Any:
-    # Not by their axes: what a loop over blocks stacks has one more.
-    def is_decayed(path: Any, _: Array) -> bool:
-        return getattr(path[-1], "key", None) not in ("bias", "scale")
+    def is_decayed(path: Any, leaf: Array) -> bool:
+        # By the name too: what a loop over blocks stacks has one more axis.
+        stacked = bool(path) and getattr(path[-1], "key", None) in ("bias", "scale")
+        return leaf.ndim > 1 and not stacked
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from oracles import multiplications
 
-from jaxdiff import networks
+import jaxdiff as jd
+from jaxdiff import networks, recipes
 from jaxdiff.experiment import load_config
 from jaxdiff.recipes import image_experiment, open_images
 from jaxdiff.training import warmup_adam
@@ -77,6 +78,29 @@ def test_published_networks_train_and_sample(name, options, parameters, giga, co
         assert sample.shape == (2, *shape)
 
 
+@pytest.mark.parametrize("name", ["cifar10_ddpm", "cifar10_ddpmpp_vp", "cifar10_uvit"])
+def test_samplers_are_the_papers(name, monkeypatch):
+    """DDPM's with the larger variance, along its chain; those of the VP SDE end without noise."""
+    called = []
+
+    def spy(step, denoise, grid, key, x, **options):
+        called.append((step, denoise))
+        return x
+
+    monkeypatch.setattr(recipes, "run_sampler", spy)
+    run = composed(name)
+    params = jax.eval_shape(run.init, KEY)
+    jax.eval_shape(lambda params: run.sample(params, KEY, 2), params)
+    step, denoise = called[0]
+    if name == "cifar10_ddpm":
+        assert isinstance(denoise, jd.UnitVariance)
+        told = denoise.denoise.parameterization.inputs
+        levels = [float(told(run.process, jnp.zeros(3), jnp.float32(t))[1]) for t in (0.001, 1.0)]
+        np.testing.assert_allclose(levels, [0.0, 999.0], atol=1e-3)
+    else:
+        assert not step.final_noise
+
+
 def test_how_a_network_computes_is_told_to_it():
     config = load_config(CONFIGS / "digits.py").Config(dtype="bfloat16", remat=True, scan=True)
     net = config.unet()
@@ -95,7 +119,7 @@ def test_rate_stays_after_the_warm_up():
     np.testing.assert_allclose(rates[10:], 1e-2, rtol=1e-4)
 
 
-def test_weight_decay_spares_biases_and_scales_and_the_moments_are_as_told():
+def test_weight_decay_is_of_matrices_alone_and_the_moments_are_as_told():
     gradient = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
     params = {"kernel": jnp.full((2, 2), 5.0), "bias": jnp.full(2, 5.0)}
 
@@ -106,6 +130,12 @@ def test_weight_decay_spares_biases_and_scales_and_the_moments_are_as_told():
     plain, decayed = step(), step(weight_decay=0.01)
     np.testing.assert_array_equal(decayed["bias"], plain["bias"])
     np.testing.assert_allclose(decayed["kernel"] - plain["kernel"], -0.1 * 0.01 * 5.0, rtol=1e-4)
+    # A vector of any name, such as a learned schedule's or the frequencies of an embedding.
+    optimizer = warmup_adam(0.1, steps=100, cosine=False, weight_decay=0.5)
+    vector = {"frequencies": jnp.full(3, 5.0), "number": jnp.float32(5.0)}
+    state = optimizer.init(vector)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, vector), state, vector)
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(updates))
     # The blocks of a Transformer are stacked: their biases have two axes.
     net = networks.DiT(width=16, depth=2, heads=2)
     x = jnp.zeros((1, 4, 4, 1))
@@ -115,7 +145,8 @@ def test_weight_decay_spares_biases_and_scales_and_the_moments_are_as_told():
     optimizer = warmup_adam(0.1, steps=100, cosine=False, weight_decay=0.01)
     updates, _ = optimizer.update(first, optimizer.init(params), params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
-        expected = -0.1 if path[-1].key in ("bias", "scale") else -0.105
+        spared = leaf.ndim < 2 or path[-1].key in ("bias", "scale")
+        expected = -0.1 if spared else -0.105
         np.testing.assert_allclose(leaf, expected, rtol=1e-3)
     # Two gradients, the second ten times the first: m and v by hand.
     optimizer = warmup_adam(

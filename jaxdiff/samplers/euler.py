@@ -26,7 +26,7 @@ class EulerMaruyama:
         process: any SDE.
         eta: noise, ≥ 0: 1 is Anderson's reverse SDE, 0 Euler's rule for the probability flow.
         final_noise: whether a step to s = 0 adds its noise too, as the SDE has it; images are shown
-            without (Song et al. 2021, appendix G).
+            without (github.com/yang-song/score_sde: sampling.py, noise_removal).
 
     Note: where α(t) = 0 the rate g is infinite; there the step is the probability flow's, whose
         marginals are the same.
