@@ -156,18 +156,18 @@ def experiment(config: Config) -> jd.Experiment:
 
     sample, trajectory = samplers(run, grid, size=1000)
 
-    def validate(params):
+    def validate(params, mesh=None):
         key = jax.random.key(0)
-        rows = likelihood_rows(likelihood, params, examples("validation", key), key)
+        rows = likelihood_rows(likelihood, params, examples("validation", key), key, mesh=mesh)
         return {"log_likelihood": -float(np.nanmean(rows["nll_nats"]))}
 
-    def evaluate(params, key):
+    def evaluate(params, key, mesh=None):
         sample_key, null_key = jax.random.split(key)
         train, test = (
             jnp.asarray(moved[split][0][: evaluation.MOST], jnp.float32)
             for split in ("train", "test")
         )
-        drawn = sample(params, sample_key, min(len(train), len(test)))
+        drawn = sample(params, sample_key, min(len(train), len(test)), mesh)
         return {"samples": evaluation.energies(drawn, test, train, null_key)}
 
     def draw(z, path):

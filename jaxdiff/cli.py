@@ -7,6 +7,7 @@ run can fail without anyone's mistake, and with the traceback of a bug otherwise
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from jaxdiff.checkpoints import CheckpointError, restore_ema
 from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import Experiment, load_config, load_run, save_run
-from jaxdiff.parallel import check_divisible, data_mesh
+from jaxdiff.parallel import check_divisible, data_mesh, start_distributed, state_shardings
 from jaxdiff.training import Batches, NonFiniteLoss, fit, init_state, make_train_step
 from jaxdiff.typing import Params
 
@@ -101,6 +102,38 @@ def _unboxed(text: str) -> str:
     return "; ".join(" ".join(p.split()) for p in telling)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Machines:
+    """Which processes and devices take part."""
+
+    distributed: bool = False
+    """One of several processes that each run this command. On Cloud TPU, Slurm, Kubernetes and Open
+    MPI they find one another; elsewhere give the next three."""
+    coordinator: str | None = None
+    """host:port of process 0; or JAX_COORDINATOR_ADDRESS."""
+    num_processes: int | None = None
+    """How many processes; or JAX_NUM_PROCESSES."""
+    process_id: int | None = None
+    """Which of them this is, from 0; or JAX_PROCESS_ID."""
+    heartbeat_timeout: int = 30
+    """Seconds after which the others stop, where a process has died."""
+    fsdp: int = 1
+    """How many devices share one copy of parameters, average and moments."""
+
+    def join(self) -> None:
+        """Meets the other processes; before anything touches a device."""
+        named = (self.coordinator, self.num_processes, self.process_id)
+        if self.distributed:
+            start_distributed(*named, heartbeat_timeout_seconds=self.heartbeat_timeout)
+        elif any(value is not None for value in named):
+            raise ValueError("--coordinator, --num-processes and --process-id need --distributed.")
+
+    def mesh(self, *, needed: bool = False) -> Mesh | None:
+        """All devices, or None for a single one that does without."""
+        several = jax.device_count() > 1 or self.fsdp != 1
+        return data_mesh(fsdp=self.fsdp) if several or needed else None
+
+
 def _train_options(config: type) -> type:
     """The options of a run: where it goes, and the fields of its config."""
     return dataclasses.make_dataclass(
@@ -109,6 +142,11 @@ def _train_options(config: type) -> type:
             ("workdir", Annotated[Path, tyro.conf.arg(help="Folder of the run.")]),
             ("config", Annotated[tyro.conf.OmitArgPrefixes[config], tyro.conf.arg(name="")]),
             ("progress", Annotated[bool, tyro.conf.arg(help="Show a progress bar.")], True),
+            (
+                "machines",
+                Annotated[tyro.conf.OmitArgPrefixes[_Machines], tyro.conf.arg(name="")],
+                _Machines(),
+            ),
             (
                 "compilation_cache",
                 Annotated[Path | None, tyro.conf.arg(help="Folder that keeps compiled programs.")],
@@ -139,10 +177,12 @@ def _train(words: Sequence[str]) -> None:
     with _mistakes():
         module = load_config(source)
         options: Any = _parse(_train_options(module.Config), words[1:], f"jaxdiff train {source}")
+        options.machines.join()
         experiment = module.experiment(options.config)
         batches = experiment.batches()
-        mesh = data_mesh() if jax.device_count() > 1 or options.by != "jit" else None
-        check_divisible(batches[0], 1 if mesh is None else len(mesh.local_devices))
+        mesh = options.machines.mesh(needed=options.by != "jit")
+        devices = 1 if mesh is None else len(mesh.local_devices)
+        check_divisible(batches[0], devices, experiment.accumulate)
         jax.eval_shape(experiment.init, jax.random.key(0))
         train_step = make_train_step(
             experiment.objective,
@@ -150,18 +190,25 @@ def _train(words: Sequence[str]) -> None:
             ema_decay=experiment.ema_decay,
             mesh=mesh,
             by=options.by,
+            accumulate=experiment.accumulate,
         )
-        save_run(options.workdir, source, experiment.config)
+        if _first():
+            save_run(options.workdir, source, experiment.config)
     if options.compilation_cache is not None:
         _keep_compiled(options.compilation_cache)
     _fit(experiment, train_step, batches, options.workdir, mesh, progress=options.progress)
     params = _parameters(experiment, options.workdir)
-    picture = options.workdir / "samples.png"
-    _draw_samples(experiment, params, picture, num=experiment.shown[0], seed=experiment.seed)
-    _draw_trajectory(experiment, params, options.workdir / "trajectory.png", seed=experiment.seed)
+    picture, seed = options.workdir / "samples.png", experiment.seed
+    _draw_samples(experiment, params, picture, num=experiment.shown[0], seed=seed, mesh=mesh)
+    _draw_trajectory(experiment, params, options.workdir / "trajectory.png", seed=seed)
     _evaluate_run(
-        experiment, params, options.workdir, seed=experiment.seed, progress=options.progress
+        experiment, params, options.workdir, seed=seed, progress=options.progress, mesh=mesh
     )
+
+
+def _first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
 
 
 def _keep_compiled(folder: Path) -> None:
@@ -180,7 +227,10 @@ def _fit(
     progress: bool,
 ) -> None:
     init_key, train_key, draw_key = jax.random.split(jax.random.key(experiment.seed), 3)
-    params = jax.jit(experiment.init)(init_key)
+    shardings = None
+    if mesh is not None:  # so that no device ever holds the whole of what is split
+        shardings = state_shardings(jax.eval_shape(experiment.init, init_key), mesh)
+    params = jax.jit(experiment.init, out_shardings=shardings)(init_key)
     fit(
         train_step,
         init_state(params, experiment.optimizer, train_key, mesh=mesh),
@@ -188,7 +238,7 @@ def _fit(
         steps=experiment.steps,
         workdir=workdir,
         config=dataclasses.asdict(experiment.config),
-        validate=experiment.validate,
+        validate=functools.partial(experiment.validate, mesh=mesh),
         draw=lambda params, path: experiment.draw(
             experiment.sample(params, draw_key, experiment.shown[0]), path
         ),
@@ -208,16 +258,25 @@ def _parameters(experiment: Experiment, run: Path) -> Params:
 
 
 def _draw_samples(
-    experiment: Experiment, params: Params, path: Path, *, num: int, seed: int
+    experiment: Experiment,
+    params: Params,
+    path: Path,
+    *,
+    num: int,
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> None:
-    experiment.draw(experiment.sample(params, jax.random.key(seed), num), path)
-    print(f"wrote {path}")
+    x = experiment.sample(params, jax.random.key(seed), num, mesh=mesh)
+    if _first():
+        experiment.draw(x, path)
+        print(f"wrote {path}")
 
 
 def _draw_trajectory(experiment: Experiment, params: Params, path: Path, *, seed: int) -> None:
-    states, times = experiment.trajectory(params, jax.random.key(seed), experiment.shown[1])
-    experiment.draw_trajectory(states, path, times=times.tolist())
-    print(f"wrote {path}")
+    if _first():
+        states, times = experiment.trajectory(params, jax.random.key(seed), experiment.shown[1])
+        experiment.draw_trajectory(states, path, times=times.tolist())
+        print(f"wrote {path}")
 
 
 def _evaluate_run(
@@ -228,6 +287,7 @@ def _evaluate_run(
     seed: int,
     split: str = "test",
     progress: bool,
+    mesh: Mesh | None,
 ) -> None:
     since = time.perf_counter()
     report = evaluate(
@@ -235,10 +295,12 @@ def _evaluate_run(
         params,
         jax.random.key(seed),
         split=split,
-        folder=run,
-        mesh=data_mesh() if jax.device_count() > 1 else None,
+        folder=run if _first() else None,
+        mesh=mesh,
         progress=progress,
     )
+    if not _first():
+        return
     report["seconds"] = time.perf_counter() - since
     path = run / ("eval.json" if split == "test" else f"eval_{split}.json")
     # JSON has no word for what is not a finite number.
@@ -277,7 +339,8 @@ def _sample(words: Sequence[str]) -> None:
             raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}.")
         experiment = load_run(options.run)
     params = _parameters(experiment, options.run)
-    _draw_samples(experiment, params, options.out, num=options.num, seed=options.seed)
+    mesh = data_mesh() if jax.device_count() > 1 else None
+    _draw_samples(experiment, params, options.out, num=options.num, seed=options.seed, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +358,7 @@ class _EvaluateOptions:
     """Seed of noise and probes."""
     progress: bool = True
     """Show a progress bar."""
+    machines: tyro.conf.OmitArgPrefixes[_Machines] = _Machines()
 
 
 def _evaluate(words: Sequence[str]) -> None:
@@ -303,6 +367,7 @@ def _evaluate(words: Sequence[str]) -> None:
         _check_seed(options.seed)
         if options.split not in SPLITS:
             raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {options.split!r}.")
+        options.machines.join()
         experiment = load_run(options.run)
         experiment.batches()  # the data are there, and of the run's shape
         if options.split != "test" and experiment.likelihood is None:
@@ -315,6 +380,7 @@ def _evaluate(words: Sequence[str]) -> None:
         seed=options.seed,
         split=options.split,
         progress=options.progress,
+        mesh=options.machines.mesh(),
     )
 
 

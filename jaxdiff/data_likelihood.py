@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxdiff import metrics
 from jaxdiff.compile import jit
 from jaxdiff.experiment import Likelihood
-from jaxdiff.parallel import per_shard
+from jaxdiff.parallel import from_first, per_shard, to_host
 from jaxdiff.typing import Key, Params
 
 __all__ = ["in_chunks", "likelihood_report", "likelihood_rows", "likelihood_sweeps"]
@@ -83,7 +83,8 @@ def likelihood_rows(
         key: of the estimate's noise.
         path: a .csv file that gets a row an example, chunk by chunk. If it holds rows of the same
             model, data and key, those are kept and the rest is computed.
-        mesh: devices that share a chunk, each with steps of its own.
+        mesh: devices that share a chunk, each with steps of its own; if they are of several
+            processes, each calls this, and the first one reads and writes the file.
         progress: whether to show a bar.
 
     Returns:
@@ -101,12 +102,14 @@ def likelihood_rows(
     size = min(likelihood.size, count)
     if mesh is not None and size >= mesh.size:
         size -= size % mesh.size
-    else:
-        mesh = None
+    elif mesh is not None:
+        mesh, params = None, to_host(params)
     fingerprint = f"{_checksum((params, examples, jax.random.key_data(key), size)):08x}"
-    rows = [] if path is None else _read(path, fingerprint, size, count)
+    rows = from_first([] if path is None else _read(path, fingerprint, size, count))
+    path = path if jax.process_index() == 0 else None
     solve = _solver(likelihood.estimate, mesh, _solves(likelihood))
     run, begun = functools.partial(solve, params), False
+    progress = progress and jax.process_index() == 0
     with tqdm(initial=len(rows), total=count, unit="example", disable=not progress) as bar:
         for found in _chunks(run, key, count, (examples,), size, start=len(rows)):
             fresh = _rows(likelihood, found, len(rows), fingerprint)
@@ -241,7 +244,7 @@ def _solver(
     def columns(run, *args, **options):
         found = run(*args, **options)
         told = {name: getattr(found, of) for name, of in _COLUMNS.items() if hasattr(found, of)}
-        columns = jax.device_get(told)
+        columns = to_host(told)
         return columns | {"nll_nats": -columns["nll_nats"].astype(np.float64)}
 
     def solve(params, keys, examples, **options):

@@ -61,7 +61,7 @@ def evaluate(
         split: "train", "validation" or "test".
         folder: where to keep `likelihood_SPLIT.csv`, a row an example, which is gone on with if it
             was begun, and pictures: `likelihood_SPLIT.png` and `overfitting.png`.
-        mesh: devices that share the likelihood's work.
+        mesh: devices that share the work of likelihood and samples.
         progress: whether to show a bar.
 
     Returns:
@@ -81,7 +81,7 @@ def evaluate(
         if path is not None and "nll_nats" in found:
             plotting.likelihood(rows["nll_nats"], path.with_suffix(".png"), sweeps=sweeps)
     if split == "test":
-        report |= experiment.evaluate(params, rest_key)
+        report |= experiment.evaluate(params, rest_key, mesh=mesh)
         if folder is not None and "overfitting" in report:
             plotting.loss_by_noise(report["overfitting"]["levels"], folder / "overfitting.png")
     return report

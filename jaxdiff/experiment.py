@@ -64,13 +64,15 @@ class Experiment:
         objective: the training loss.
         optimizer: the optax transformation.
         ema_decay: decay of the averaged parameters, in [0, 1).
+        accumulate: parts of a batch that a step takes one after another, ≥ 1.
         steps: number of updates.
         seed: of parameters, data order and noise.
         batches: () ↦ an object whose item i is batch i, a pure function of i.
-        validate: (parameters) ↦ named numbers, at intervals.
-        sample: (parameters, key, n) ↦ n samples in the model's space.
+        validate: (parameters, mesh=None) ↦ named numbers, at intervals. Here and below, the devices
+            of the mesh share the work.
+        sample: (parameters, key, n, mesh=None) ↦ n samples in the model's space.
         trajectory: (parameters, key, n) ↦ (states [times, n, …] from noise to data, times).
-        evaluate: (parameters, key) ↦ a JSON-able report of anything but the likelihood.
+        evaluate: (parameters, key, mesh=None) ↦ a JSON-able report of anything but the likelihood.
         likelihood: of its data, or None.
         draw: (samples, path), writes a picture.
         draw_trajectory: (states, path, times=times), writes a picture.
@@ -88,13 +90,14 @@ class Experiment:
     steps: int
     seed: int
     batches: Callable[[], Any]
-    validate: Callable[[Params], Mapping[str, float]]
-    sample: Callable[[Params, Key, int], Array]
+    validate: Callable[..., Mapping[str, float]]
+    sample: Callable[..., Array]
     trajectory: Callable[[Params, Key, int], tuple[Array, Array]]
-    evaluate: Callable[[Params, Key], dict[str, Any]]
+    evaluate: Callable[..., dict[str, Any]]
     draw: Callable[[Array, Path], Any]
     draw_trajectory: Callable[..., Any]
     likelihood: Likelihood | None = None
+    accumulate: int = 1
     shown: tuple[int, int] = (64, 8)
     intervals: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

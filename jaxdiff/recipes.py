@@ -31,6 +31,7 @@ from jaxdiff.data_likelihood import in_chunks
 from jaxdiff.experiment import Experiment, Likelihood
 from jaxdiff.likelihood import log_likelihood
 from jaxdiff.objectives import vdm
+from jaxdiff.parallel import per_shard, to_host
 from jaxdiff.parameterizations import NetDenoiser, Parameterization
 from jaxdiff.processes.base import Denoiser, of_whole_batch
 from jaxdiff.processes.gaussian import Gaussian, Rescaled
@@ -82,6 +83,8 @@ class TrainingOptions:
     """Updates of the parameters."""
     batch_size: int = 64
     """Examples in a batch, over all devices."""
+    accumulate: int = 1
+    """Parts of a batch that are computed one after another, to save memory."""
     learning_rate: float = 2e-3
     """Highest rate of Adam, after the warm-up."""
     warmup: int = 200
@@ -121,6 +124,7 @@ class TrainingOptions:
             config=self,
             optimizer=optimizer,
             ema_decay=self.ema_decay,
+            accumulate=self.accumulate,
             steps=self.steps,
             seed=self.seed,
             **parts,
@@ -420,21 +424,23 @@ def image_experiment(
             )
         return {"x": split.x, "label": split.label}
 
-    eval_step = make_eval_step(continuous(held_out_loss))
+    held_out_mean = functools.cache(
+        functools.partial(make_eval_step, continuous(held_out_loss), size=256)
+    )
 
-    def validate(params):
+    def validate(params, mesh=None):
         held_out = {name: array[:1024] for name, array in given(images("validation")).items()}
-        return {"loss": float(eval_step(params, jax.random.key(2), held_out)["loss"])}
+        return held_out_mean(mesh=mesh)(params, jax.random.key(2), held_out)
 
     sample, trajectory = samplers(run, grid, size=256)
 
-    def evaluate(params, key):
+    def evaluate(params, key, mesh=None):
         sample_key, null_key, gap_key = jax.random.split(key, 3)
         train, test = images("train"), images("test")
         count = min(config.eval_samples, len(train.x), evaluation.MOST)
         return {
             "samples": evaluation.sample_report(
-                sample(params, sample_key, count), train, test, null_key
+                sample(params, sample_key, count, mesh), train, test, null_key
             ),
             "overfitting": evaluation.overfitting_report(
                 parts["process"],
@@ -622,12 +628,12 @@ def toy_experiment(
     Raises:
         ValueError: for an option outside its range.
     """
-    eval_step = make_eval_step(objective)
+    mean = functools.cache(functools.partial(make_eval_step, objective, size=1024))
     sample, trajectory = samplers(run, grid, size=1000)
 
-    def validate(params):
-        batch = {"x": toy.sample(jax.random.key(1), 4096)}
-        return {"loss": float(eval_step(params, jax.random.key(2), batch)["loss"])}
+    def validate(params, mesh=None):
+        points = {"x": toy.sample(jax.random.key(1), 4096)}
+        return mean(mesh=mesh)(params, jax.random.key(2), points)
 
     def examples(split, key):
         splits = ("train", "validation", "test")  # all of them fresh
@@ -642,9 +648,9 @@ def toy_experiment(
         gap = float(nll.mean()) - entropy
         return {"entropy": entropy, "gap": gap, "kl": kl, "kl_stderr": kl_stderr}
 
-    def evaluate(params, key):
+    def evaluate(params, key, mesh=None):
         sample_key, energy_key = jax.random.split(key)
-        drawn = sample(params, sample_key, config.eval_samples)
+        drawn = sample(params, sample_key, config.eval_samples, mesh)
         return {"samples": evaluation.energy_report(drawn, toy, energy_key)}
 
     return config.experiment(
@@ -730,7 +736,7 @@ def solved(
 
 def samplers(
     run: Run, grid: Array, *, size: int
-) -> tuple[Callable[[Params, Key, int], Array], Callable[[Params, Key, int], tuple[Array, Array]]]:
+) -> tuple[Callable[..., Array], Callable[[Params, Key, int], tuple[Array, Array]]]:
     """`sample` and `trajectory` of an experiment.
 
     Args:
@@ -739,12 +745,22 @@ def samplers(
         size: samples at a time.
 
     Returns:
-        Sample i of a key is the same whatever their number; of a trajectory, eight frames.
+        Sample i of a key is the same whatever their number and the devices of a mesh, which share
+        the work if one is given; of a trajectory, eight frames.
     """
+    shared = functools.cache(functools.partial(per_shard, run))
 
-    def sample(params, key, num):
-        chunks = in_chunks(functools.partial(run, params), key, num, size=size)
-        return jnp.concatenate(chunks)
+    def sample(params, key, num, mesh=None):
+        if mesh is None:
+            return jnp.concatenate(in_chunks(functools.partial(run, params), key, num, size=size))
+        devices = mesh.size
+        chunks = in_chunks(
+            functools.partial(shared(mesh), params),
+            key,
+            num + -num % devices,
+            size=max(size - size % devices, devices),
+        )
+        return jnp.concatenate(to_host(chunks))[:num]
 
     def trajectory(params, key, num):
         states = run(params, jax.random.split(key, num), trajectory=True)

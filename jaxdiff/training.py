@@ -21,13 +21,22 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxdiff.parallel import check_divisible, replicate, shard_batch
+from jaxdiff.parallel import (
+    check_divisible,
+    replicate,
+    shard_batch,
+    shard_state,
+    split,
+    state_shardings,
+)
 from jaxdiff.typing import Batch, Key, Metrics, Objective, Params
 
 __all__ = [
@@ -77,15 +86,27 @@ def init_state(
         params: initial parameters, equal on all processes; they are copied.
         optimizer: any optax transformation.
         key: the run's key; it is copied.
-        mesh: replicate the state over this mesh; the default device if None.
+        mesh: lay the state on this mesh, as `parallel.state_shardings` says; the default device if
+            None.
 
     Returns:
         The state. The train step donates it, so no array in it is shared with another or with
         the caller.
     """
-    state = TrainState(jnp.int32(0), params, params, optimizer.init(params), key)
-    state = jax.tree.map(_own, state)
-    return state if mesh is None else replicate(state, mesh)
+
+    def build(params: Params, key: Key) -> TrainState:
+        params = jax.tree.map(_own, params)
+        return jax.tree.map(
+            _own, TrainState(jnp.int32(0), params, params, optimizer.init(params), key)
+        )
+
+    if mesh is None:
+        return build(params, key)
+    # Compiled, so that no device ever holds the whole of what is split.
+    params = shard_state(jax.tree.map(jnp.asarray, params), mesh)
+    key = replicate(key, mesh)
+    shardings = state_shardings(jax.eval_shape(build, params, key), mesh)
+    return jax.jit(build, out_shardings=shardings)(params, key)
 
 
 def make_train_step(
@@ -95,6 +116,7 @@ def make_train_step(
     ema_decay: float,
     mesh: Mesh | None = None,
     by: str = "jit",
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
     """One update of the parameters and of their average, jitted; it donates the state.
 
@@ -104,31 +126,37 @@ def make_train_step(
         ema    ← d ema + (1 − d) params,   d = min(ema_decay, (1 + n) / (10 + n)).
 
     The warm-up of d lets the average forget the random initialisation, at any length of run.
-    Over a mesh the batch is split and the state replicated; the result is that of one device up
-    to the order of the sums, for an objective that keys its noise by the example's index, as all
-    here do. By "jit" the compiler splits the program and decides where gradients are summed. By
-    "shard_map" or "pmap" each device runs the program on its own examples, and one sum over the
-    devices of everything, laid end to end, makes the update: on CPUs, which wait for one another
-    at every array that is summed, this is faster. The objective is then called for each device's
-    examples with the same key: those here find the places of their examples by
-    `processes.base.example_indices`, and so must yours, or each device draws the same noise. The
-    masks of dropout depend on the number of devices.
+    Over a mesh the batch is split, and the state lies as `parallel.state_shardings` says; the
+    result is that of one device up to the order of the sums, for an objective that keys its noise
+    by the example's index, as all here do. By "jit" the compiler splits the program and decides
+    where gradients are summed. By "shard_map" or "pmap" each device runs the program on its own
+    examples, and one sum over the devices of everything, laid end to end, makes the update: on
+    CPUs, which wait for one another at every array that is summed, this is faster. The objective is
+    then called for each device's examples with the same key: those here find the places of their
+    examples by `processes.base.example_indices`, and so must yours, or each device draws the same
+    noise. The masks of dropout depend on the number of devices.
+
+    With `accumulate` = k the memory for activations is that of a k-th of the batch: L is the mean
+    over the parts {i, i + k, i + 2k, …} of the batch, taken one after another, part i with the key
+    fold_in(fold_in(key, n), i). On whatever devices, that is the same update; for another k the
+    noise is another.
 
     Args:
         objective: the per-example loss.
         optimizer: the optax transformation of `init_state`.
         ema_decay: limit of the average's decay, in [0, 1); 0 keeps no average.
         mesh: the mesh from `data_mesh`; the default device if None.
-        by: "jit", "shard_map" or "pmap"; the latter for the devices of one process.
+        by: "jit", "shard_map" or "pmap"; the latter two where the state is whole on each device.
+        accumulate: parts of the batch whose gradients are averaged one after another, ≥ 1.
 
     Returns:
         A function (state, batch) -> (state, metrics). The metrics are scalars: "loss",
         "grad_norm" (before any clipping), and the means of those of the objective. It raises
-        ValueError, before tracing, if the batch does not divide over the mesh.
+        ValueError, before tracing, if the batch does not divide over the mesh and into the parts.
 
     Raises:
-        ValueError: if `ema_decay` is outside [0, 1), or `by` is none of the three, or `mesh` is not
-            what it needs.
+        ValueError: if `ema_decay` is outside [0, 1), `accumulate` is less than 1, `by` is none of
+            the three, or `mesh` is not what it needs.
 
     References:
         Polyak and Juditsky 1992 (averaging). The warm-up of the decay is that of TensorFlow's
@@ -140,17 +168,30 @@ def make_train_step(
         raise ValueError(f"by must be 'jit', 'shard_map' or 'pmap', got {by!r}")
     if by != "jit" and mesh is None:
         raise ValueError(f"mesh must be given for by={by!r}, got None")
-    if by == "pmap" and mesh is not None and mesh.is_multi_process:
-        raise ValueError("mesh must be of one process for by='pmap', got one of several")
+    if by != "jit" and mesh is not None and mesh.axis_names != ("data",):
+        raise ValueError(f"mesh must have the axis 'data' alone for by={by!r}, got {mesh.shape}")
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
 
     def loss_fn(params: Params, key: Key, batch: Batch) -> tuple[Array, Metrics]:
         metrics = _mean_metrics(objective, params, key, batch)
         return metrics["loss"], metrics
 
+    def gradient(params: Params, key: Key, batch: Batch) -> tuple[Params, Metrics]:
+        if mesh is not None and "fsdp" in mesh.axis_names:
+            # Brought together for use; else the compiler may send activations about instead.
+            params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))
+        gradients = jax.grad(loss_fn, has_aux=True)
+        if accumulate == 1:
+            return gradients(params, key, batch)
+        return _mean_over_parts(gradients, accumulate, params, key, batch)
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, key, batch)
-        if by != "jit":
+        grads, metrics = gradient(state.params, key, batch)
+        if by == "jit" and mesh is not None:
+            grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
+        elif by != "jit":
             flat, unravel = ravel_pytree((grads, metrics))
             grads, metrics = unravel(jax.lax.pmean(flat, "data"))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -161,27 +202,65 @@ def make_train_step(
         metrics |= {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema_params, opt_state, state.key), metrics
 
-    return _over_mesh(step, mesh, donate=True, by=by)
+    return _over_mesh(step, mesh, parts=accumulate, by=by)
 
 
 def make_eval_step(
-    objective: Objective, *, mesh: Mesh | None = None
-) -> Callable[[Params, Key, Mapping[str, Any]], Metrics]:
-    """The mean loss of a batch, jitted: give the same key to compare like with like.
+    objective: Objective, *, size: int, mesh: Mesh | None = None
+) -> Callable[[Params, Key, Mapping[str, Any]], dict[str, float]]:
+    """The mean loss of any number of examples: give the same key to compare like with like.
+
+    They are taken in batches of one size, batch i with the key fold_in(key, i), and what the last
+    one lacks is made up by copies of its last example, which do not count. So every example counts
+    once, one program serves all, and the number of devices changes nothing.
 
     Args:
         objective: the per-example loss.
+        size: examples at a time, over all devices, ≥ 1; if they do not divide it, the next higher
+            number that they do.
         mesh: the mesh from `data_mesh`; the default device if None.
 
     Returns:
-        A function (params, key, batch) -> metrics: "loss" and the means of the objective's own.
-        It raises ValueError, before tracing, if the batch does not divide over the mesh.
+        A function (params, key, examples) -> means: "loss" and those of the objective's own
+        metrics, of which those without an axis of examples are averaged over the batches. Over
+        several processes each gives all examples.
+
+    Raises:
+        ValueError: if `size` is less than 1.
     """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    size += -size % (1 if mesh is None else mesh.size)
 
-    def step(params: Params, key: Key, batch: Batch) -> Metrics:
-        return _mean_metrics(objective, params, key, batch)
+    @jax.jit
+    def sums(params: Params, key: Key, batch: Batch, count: Array) -> Metrics:
+        losses, metrics = objective(params, key, batch)
+        counted = jnp.arange(size) < count
 
-    return _over_mesh(step, mesh, donate=False)
+        def total(value: Array) -> Array:
+            if value.shape[:1] != (size,):
+                return count * jnp.mean(value)
+            of_example = jnp.mean(value.reshape(size, -1), axis=1)
+            return jnp.sum(jnp.where(counted, of_example, 0.0))
+
+        return jax.tree.map(total, {**metrics, "loss": losses})
+
+    def mean(params: Params, key: Key, examples: Mapping[str, Any]) -> dict[str, float]:
+        check_divisible(examples, 1)
+        number = len(next(iter(examples.values())))
+        params = params if mesh is None else replicate(params, mesh)
+        means: dict[str, float] = {}
+        for i, first in enumerate(range(0, number, size)):
+            index = np.minimum(np.arange(first, first + size), number - 1)
+            batch = {name: np.asarray(array)[index] for name, array in examples.items()}
+            batch = batch if mesh is None else split(batch, mesh)
+            count = min(size, number - first)
+            found = sums(params, jax.random.fold_in(key, i), batch, np.int32(count))
+            for name, value in jax.device_get(found).items():
+                means[name] = means.get(name, 0.0) + float(value) / number
+        return means
+
+    return mean
 
 
 def warmup_adam(
@@ -352,10 +431,12 @@ def fit(
             if eval_due and validate is not None:
                 numbers = validate(state.ema_params)
                 log(step, {f"validation/{name}": value for name, value in numbers.items()})
-            if eval_due and draw is not None and workdir is not None and primary:
-                path = workdir / "samples" / f"step-{step:06d}.png"
-                path.parent.mkdir(exist_ok=True)
-                draw(_on_this_process(state.ema_params), path)
+            if eval_due and draw is not None and workdir is not None:
+                whole = _on_this_process(state.ema_params, mesh)
+                if primary:
+                    path = workdir / "samples" / f"step-{step:06d}.png"
+                    path.parent.mkdir(exist_ok=True)
+                    draw(whole, path)
             meter.go_on()
     return state
 
@@ -404,32 +485,70 @@ def _mean_metrics(objective: Objective, params: Params, key: Key, batch: Batch) 
     return {**jax.tree.map(jnp.mean, metrics), "loss": jnp.mean(losses)}
 
 
+def _mean_over_parts(
+    gradients: Callable[..., tuple[Params, Metrics]],
+    number: int,
+    params: Params,
+    key: Key,
+    batch: Batch,
+) -> tuple[Params, Metrics]:
+    """Means of gradients and metrics over the batch's parts, one at a time in memory."""
+    # Of every number-th example: so a device has an equal share of each part, and none moves.
+    parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, number, *a.shape[1:]), 1, 0), batch)
+
+    def at(i: Array, part: Batch) -> tuple[Params, Metrics]:
+        return gradients(params, jax.random.fold_in(key, i), part)
+
+    def add(sums: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
+        # The sum has single precision at least, whatever the parameters have.
+        return jax.tree.map(lambda s, g: s + g / number, sums, at(*part)), None
+
+    first = jax.eval_shape(at, jnp.int32(0), jax.tree.map(lambda a: a[0], parts))
+    zeros = jax.tree.map(
+        lambda g: jnp.zeros(g.shape, jnp.promote_types(g.dtype, jnp.float32)), first
+    )
+    sums, _ = jax.lax.scan(add, zeros, (jnp.arange(number), parts))
+    return jax.tree.map(lambda s, g: s.astype(g.dtype), sums, first)
+
+
 def _over_mesh(
-    step: Callable[..., Any], mesh: Mesh | None, *, donate: bool, by: str = "jit"
+    step: Callable[..., Any], mesh: Mesh | None, *, parts: int, by: str
 ) -> Callable[..., Any]:
-    """Compiles step(*replicated, batch); `donate` gives up the first argument."""
-    donated = 0 if donate else ()
+    """Compiles step(state, batch), which gives up the state."""
     if mesh is None:
-        compiled = jax.jit(step, donate_argnums=donated)
+        compiled = jax.jit(step, donate_argnums=0)
     elif by == "pmap":
         compiled = _pmapped(step, mesh)
     else:
         if by == "shard_map":
             specs = {"in_specs": (P(), P("data")), "out_specs": P(), "check_vma": False}
             step = jax.shard_map(step, mesh=mesh, **specs)
-        whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-        compiled = jax.jit(
-            step,
-            donate_argnums=donated,
-            in_shardings=(whole, split) if donate else (whole, whole, split),
-            out_shardings=whole,
-        )
+        compiled = _jitted(step, mesh)
 
-    def checked(*args: Any) -> Any:
-        check_divisible(args[-1], 1 if mesh is None else mesh.size)
-        return compiled(*args)
+    def checked(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+        devices = 1 if mesh is None else mesh.size
+        check_divisible(batch, devices, parts)
+        return compiled(state, batch)
 
     return checked
+
+
+def _jitted(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    compiled: dict[Any, Callable[..., Any]] = {}  # by the structure of the state: in truth, one
+
+    def run(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+        structure = jax.tree.structure(state)
+        if structure not in compiled:
+            of_state = state_shardings(state, mesh)
+            compiled[structure] = jax.jit(
+                step,
+                donate_argnums=0,
+                in_shardings=(of_state, NamedSharding(mesh, P(mesh.axis_names))),
+                out_shardings=(of_state, NamedSharding(mesh, P())),
+            )
+        return compiled[structure](state, batch)
+
+    return run
 
 
 def _pmapped(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
@@ -442,13 +561,22 @@ def _pmapped(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
         donate_argnums=0,
     )
 
-    def stacked(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
-        return run(
+    def mapped(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
+        # Over several processes pmap takes and gives what is of this one.
+        own = batch
+        if mesh.is_multi_process:
+            state = multihost_utils.global_array_to_host_local_array(state, mesh, P())
+            own = multihost_utils.global_array_to_host_local_array(batch, mesh, P("data"))
+        devices = len(mesh.local_devices)
+        done = run(
             state,
-            {name: a.reshape(mesh.size, -1, *a.shape[1:]) for name, a in batch.items()},
+            {name: a.reshape(devices, -1, *a.shape[1:]) for name, a in own.items()},
         )
+        if mesh.is_multi_process:
+            done = multihost_utils.host_local_array_to_global_array(done, mesh, P())
+        return done
 
-    return stacked
+    return mapped
 
 
 def _check_counts(steps: int, **intervals: int) -> None:
@@ -468,7 +596,7 @@ def _checkpoints(workdir: Path) -> Any:
 def _resume(state: TrainState, checkpoints: Any, mesh: Mesh | None) -> TrainState:
     restored = None if checkpoints is None else checkpoints.restore_latest(state)
     state = state if restored is None else restored
-    return state if mesh is None else replicate(state, mesh)
+    return state if mesh is None else shard_state(state, mesh)
 
 
 def _check_losses(metrics: list[dict[str, Any]], last: int, checkpoints: Any) -> None:
@@ -498,11 +626,11 @@ def _all_finite(tree: Any) -> Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _on_this_process(tree: Any) -> Any:
-    """A process alone may not compute with arrays that span several."""
-    if jax.process_count() == 1:
+def _on_this_process(tree: Any, mesh: Mesh | None) -> Any:
+    """A tree whole on one device of this process, which may compute with it alone."""
+    if mesh is None:
         return tree
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), replicate(tree, mesh))
 
 
 def _progress_bar(start: int, steps: int, *, show: bool) -> Any:

@@ -74,7 +74,7 @@ def experiment(config):
     def denoiser(params):
         return jd.NetDenoiser(params, process, apply, jd.epsilon())
 
-    def sample(params, key, n):
+    def sample(params, key, n, mesh=None):
         x = process.prior((n, *shape)).sample(key)
         return jd.sample(jd.DDIM(process), denoiser(params), jd.grids.uniform(2), key, x)
 
@@ -84,7 +84,7 @@ def experiment(config):
         states = jd.sample(jd.DDIM(process), denoiser(params), grid, key, x, trajectory=True)
         return states, grid
 
-    def evaluate(params, key):
+    def evaluate(params, key, mesh=None):
         if config.fault == "evaluate":
             raise ValueError("a bug of the evaluation")
         samples = evaluation.sample_report(
@@ -116,7 +116,7 @@ def experiment(config):
         steps=config.steps,
         seed=0,
         batches=lambda: Batches({"x": images("train").x}, config.batch_size),
-        validate=lambda params: {"w": float(params["w"])},
+        validate=lambda params, mesh=None: {"w": float(params["w"])},
         sample=sample,
         trajectory=trajectory,
         evaluate=evaluate,

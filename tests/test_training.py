@@ -264,18 +264,60 @@ def test_ways_that_there_are_not_are_refused():
         make_train_step(denoising_loss, optax.sgd(0.1), ema_decay=0.9, mesh=data_mesh(), by="map")
     with pytest.raises(ValueError, match="mesh must be given for by='pmap', got None"):
         make_train_step(denoising_loss, optax.sgd(0.1), ema_decay=0.9, by="pmap")
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        make_train_step(denoising_loss, optax.sgd(0.1), ema_decay=0.9, accumulate=0)
+    mesh = data_mesh(fsdp=2)
+    with pytest.raises(ValueError, match="axis 'data' alone for by='shard_map', got"):
+        make_train_step(denoising_loss, optax.sgd(0.1), ema_decay=0.9, mesh=mesh, by="shard_map")
+    with pytest.raises(ValueError, match="fsdp must be a divisor of 4 devices, got 3"):
+        data_mesh(fsdp=3)
+
+
+def test_accumulated_gradients_are_the_mean_of_their_parts():
+    params, key, x = network_params(), jax.random.key(1), Data()[0]["x"]
+    keys = [jax.random.fold_in(jax.random.fold_in(key, 0), i) for i in range(4)]
+
+    def loss(params):
+        parts = [denoising_loss(params, keys[i], {"x": x[i::4]}) for i in range(4)]
+        return jnp.mean(jnp.stack([jnp.mean(part[0]) for part in parts]))
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    step = make_train_step(denoising_loss, optax.sgd(0.1), ema_decay=0.0, accumulate=4)
+    state, metrics = step(init_state(params, optax.sgd(0.1), key), {"x": x})
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-6)
+    for name in params:
+        np.testing.assert_allclose(
+            state.params[name], params[name] - 0.1 * gradient[name], rtol=1e-6, atol=1e-7
+        )
 
 
 @pytest.mark.devices(4)
-def test_eval_step_is_the_mean_loss_on_any_device_count():
-    key, params = jax.random.key(2), network_params()
-    batch = jax.tree.map(jnp.array, Data()[0])
-    losses, metrics = denoising_loss(params, key, batch)
-    for mesh in (None, data_mesh()):
-        found = make_eval_step(denoising_loss, mesh=mesh)(params, key, batch)
-        np.testing.assert_allclose(found["loss"], losses.mean(), rtol=1e-5)
-        np.testing.assert_allclose(found["noise"], metrics["noise"].mean(), rtol=1e-5)
+@pytest.mark.parametrize("size", [3, 4, 8, 20])
+def test_every_example_counts_once_in_an_evaluation(size):
+    key, params, x = jax.random.key(2), network_params(), Data(size=11)[0]["x"]
+    size_of_batch = size + -size % 4
+    totals = {"loss": 0.0, "noise": 0.0, "drawn": 0.0}
+
+    def objective(params, key, batch):
+        losses, metrics = denoising_loss(params, key, batch)
+        return losses, metrics | {"drawn": jax.random.uniform(key)}  # of the batch
+
+    for i, first in enumerate(range(0, 11, size_of_batch)):
+        part = x[first : first + size_of_batch]
+        losses, metrics = objective(params, jax.random.fold_in(key, i), {"x": part})
+        for name, value in {"loss": losses, **metrics}.items():
+            totals[name] += float(jnp.mean(value)) * len(part) / 11
+    ways = [(data_mesh(), size)] + [(mesh, size_of_batch) for mesh in (None, data_mesh())]
+    for mesh, size in ways:
+        found = make_eval_step(objective, size=size, mesh=mesh)(params, key, {"x": x})
+        assert found == pytest.approx(totals, rel=1e-5)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+def test_an_evaluation_of_nothing_at_a_time_is_refused():
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        make_eval_step(denoising_loss, size=0)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, math.nan])
@@ -294,8 +336,9 @@ def test_an_indivisible_batch_is_refused_before_tracing():
     batch = Data(size=6)[0]
     with pytest.raises(ValueError, match="multiple of 4 devices, got 6"):
         make_train_step(objective, optimizer, ema_decay=0.9, mesh=mesh)(state, batch)
-    with pytest.raises(ValueError, match="multiple of 4 devices, got 6"):
-        make_eval_step(objective, mesh=mesh)(state.params, state.key, batch)
+    by_parts = make_train_step(objective, optimizer, ema_decay=0.9, mesh=mesh, accumulate=2)
+    with pytest.raises(ValueError, match="multiple of 4 devices × 2 parts, got 12"):
+        by_parts(state, Data(size=12)[0])
     with pytest.raises(ValueError, match="multiple of 4 devices, got 6"):
         shard_batch(batch, mesh)
     with pytest.raises(ValueError, match="share their first axis"):
