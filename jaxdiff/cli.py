@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,13 @@ from jax.sharding import Mesh
 from jaxdiff.checkpoints import CheckpointError, restore_ema
 from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import Experiment, load_config, load_run, save_run
-from jaxdiff.parallel import check_divisible, data_mesh, start_distributed, state_shardings
+from jaxdiff.parallel import (
+    check_divisible,
+    data_mesh,
+    from_first,
+    start_distributed,
+    state_shardings,
+)
 from jaxdiff.training import Batches, NonFiniteLoss, fit, init_state, make_train_step
 from jaxdiff.typing import Params
 
@@ -194,6 +201,7 @@ def _train(words: Sequence[str]) -> None:
         )
         if _first():
             save_run(options.workdir, source, experiment.config)
+        from_first(None)  # before that, no one else may write
     if options.compilation_cache is not None:
         _keep_compiled(options.compilation_cache)
     _fit(experiment, train_step, batches, options.workdir, mesh, progress=options.progress)
@@ -289,6 +297,9 @@ def _evaluate_run(
     progress: bool,
     mesh: Mesh | None,
 ) -> None:
+    if jax.distributed.is_initialized():
+        # JAX keeps SIGTERM from a process that could save; here there is nothing more to save.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     since = time.perf_counter()
     report = evaluate(
         experiment,

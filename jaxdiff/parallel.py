@@ -204,7 +204,7 @@ def start_distributed(
         heartbeat_timeout_seconds: how long a silent process counts as alive, in seconds, ≥ 1.
 
     Raises:
-        ValueError: if a number is out of range, or the processes cannot be found out.
+        ValueError: if a number is out of range, or the processes cannot meet.
     """
     num_processes = _from_environment(num_processes, "JAX_NUM_PROCESSES")
     process_id = _from_environment(process_id, "JAX_PROCESS_ID")
@@ -221,10 +221,10 @@ def start_distributed(
             process_id,
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ValueError(
-            "the processes of this run cannot be found out by themselves: give coordinator, "
-            f"num_processes and process_id ({error})"
+            "the processes of this run cannot meet; give coordinator, num_processes and process_id "
+            f"if they do not find out by themselves ({error})"
         ) from error
 
 
@@ -329,8 +329,13 @@ def _split(mesh: Mesh) -> NamedSharding:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Any:
-    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         # device_put of a typed key refuses devices of another process.
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    if local and not sharding.is_fully_addressable:
+        # Each process puts its part; device_put would look for a way between the processes.
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
     return jax.device_put(leaf, sharding)

@@ -110,6 +110,7 @@ class TrainingOptions:
         Raises:
             ValueError: for an option outside its range.
         """
+        at_least(1, self, "accumulate")
         optimizer = warmup_adam(
             self.learning_rate,
             steps=self.steps,

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +223,16 @@ OPTIONS = {
     "too many probes": (["--probes", "99999"], "probes must be at most"),
     "no tolerance": (["--tolerance", "0"], "tolerance"),
     "no data set": (["--dataset", "missing.npz"], "missing.npz"),
+    "no parts": (["--accumulate", "0"], "accumulate"),
+    "uneven parts": (["--accumulate", "3"], "1 devices × 3 parts"),
+    "too few devices": (["--fsdp", "2"], "fsdp must be a divisor of 1 devices, got 2"),
+    "alone among others": (["--coordinator", "localhost:1"], "--distributed"),
+    "no heart-beat": (["--distributed", "--heartbeat-timeout", "0"], "heartbeat_timeout"),
+    "process out of range": (
+        ["--distributed", "--num-processes", "2", "--process-id", "2"],
+        "process_id must be in [0, 2), got 2",
+    ),
+    "no one to meet": (["--distributed"], "give coordinator, num_processes and process_id"),
 }
 
 
@@ -500,6 +511,36 @@ def test_every_way_to_share_a_step_goes_on_with_another_s_run(by, copied_run, sm
         restore_ema(run / "checkpoints", abstract) for run in (copied_run, tmp_path / "straight")
     )
     np.testing.assert_allclose(resumed["w"], straight["w"], rtol=1e-6)
+
+
+def test_two_processes_leave_what_one_leaves(small_run, small, npz, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    words = ["train", small, "--workdir", tmp_path / "run", "--dataset", npz, "--distributed"]
+    words += ["--coordinator", coordinator, "--num-processes", "2", "--process-id"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", "from jaxdiff.cli import main; main()", *map(str, words), i],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in "01"
+    ]
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert "wrote" not in said[1]
+    names = {path.name for path in small_run.iterdir()}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    one, two = (
+        json.loads((run / "eval.json").read_text()) for run in (small_run, tmp_path / "run")
+    )
+    for part, name in (("likelihood", "nll_nats"), ("samples", "energy_distance")):
+        assert two[part][name] == pytest.approx(one[part][name], rel=1e-4)
+    for name in ("samples.png", "trajectory.png"):
+        shown = [np.asarray(Image.open(run / name), int) for run in (small_run, tmp_path / "run")]
+        assert np.abs(shown[0] - shown[1]).max() <= 1  # a level, by rounding
 
 
 def test_other_values_are_refused(copied_run, small, npz, capsys):
