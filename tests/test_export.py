@@ -40,7 +40,7 @@ def saved_run(folder, source, **options):
     leaves, tree = jax.tree.flatten(params)
     noise = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        leaf + 0.03 * jax.random.normal(key, leaf.shape)
         for leaf, key in zip(leaves, noise, strict=True)
     ]
     state = init_state(params, experiment.optimizer, jax.random.key(2))
@@ -79,9 +79,11 @@ def reloaded(program):
     return jax.jit(jax_export.deserialize(bytearray(program.serialize())).call)
 
 
-def close(found, expected, atol=1e-5):
-    assert np.ptp(np.asarray(expected)) > 0.1
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol)
+def close(found, expected, within=2e-6):
+    """Of the largest number among what is expected."""
+    scale = np.abs(expected).max()
+    assert 0.1 < scale < 1000.0
+    np.testing.assert_allclose(found, expected, rtol=0.0, atol=within * scale)
 
 
 def other(name, steps=4):
@@ -89,15 +91,14 @@ def other(name, steps=4):
 
 
 @functools.cache
-def programs(run):
-    """Name ↦ program of a run, all that can be had."""
+def program_of(run, name):
+    """What the command makes of a run."""
     experiment, params = parts(run)
-    named = {name: export.sampled_by(experiment, other(name)) for name in NAMED}
-    made = {name: export.export_sampler(by, params) for name, by in named.items()}
-    return made | {
-        "run": export.export_sampler(experiment, params),
-        "likelihood": export.export_likelihood(experiment, params),
-    }
+    if name == "likelihood":
+        return export.export_likelihood(experiment, params)
+    if name != "run":
+        experiment = export.sampled_by(experiment, other(name))
+    return export.export_sampler(experiment, params)
 
 
 # Programs
@@ -105,7 +106,7 @@ def programs(run):
 
 def test_program_samples_as_the_run_does_any_number(plain):
     experiment, params = parts(plain)
-    sample = reloaded(programs(plain)["run"])
+    sample = reloaded(program_of(plain, "run"))
     for n in (3, 5):
         close(sample(keys_of(KEY, n)[1]), experiment.sample(params, KEY, n))
 
@@ -128,7 +129,7 @@ def test_program_of_another_sampler_is_that_sampler(plain, name):
         step = {"ddim": jd.DDIM, "heun": jd.Heun, "ancestral": jd.Ancestral}
         step = step.get(name, jd.DPMSolverPP)(process)
         expected = jd.sample(step, denoise, jd.grids.uniform_log_snr(process, 4), noise, x)
-    close(reloaded(programs(plain)[name])(numbers), expected)
+    close(reloaded(program_of(plain, name))(numbers), expected)
 
 
 def test_program_of_the_likelihood_is_that_of_the_run(plain):
@@ -136,15 +137,15 @@ def test_program_of_the_likelihood_is_that_of_the_run(plain):
     likelihood = experiment.likelihood
     x = likelihood.examples("test", KEY)
     estimate = jax.jit(functools.partial(likelihood.estimate, per_example=True))
-    found = reloaded(programs(plain)["likelihood"])
+    found = reloaded(program_of(plain, "likelihood"))
     for n in (2, 3):
         keys, numbers = keys_of(KEY, n)
         told, expected = found(numbers, x[:n]), estimate(params, keys, x[:n])
         assert set(told) == {*export._OUTPUTS, "bits_per_dim"}
         assert told["converged"].all()
         np.testing.assert_array_equal(told["num_evaluations"], expected.num_evaluations)
-        close(told["value"], expected.value, atol=1e-3)
-        close(told["stderr"], expected.stderr, atol=1e-3)
+        close(told["value"], expected.value)
+        close(told["stderr"], expected.stderr, within=1e-3)
         np.testing.assert_allclose(told["bits_per_dim"], likelihood.bits(-told["value"]))
 
 
@@ -154,18 +155,19 @@ def test_program_of_a_model_of_classes_takes_labels(classy):
     sample = reloaded(export.export_sampler(experiment, params))
     for label in (jnp.array([0, 7, 3]), jnp.array([1, 7, 10])):
         close(sample(numbers, label), experiment.sampler(params, keys, label=label))
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="tuple of length 2"):
         sample(numbers)
 
 
-def test_programs_call_nothing_outside(plain):
-    """All platforms, an open number of examples, and no custom call but JAX's own random bits."""
-    for name, program in programs(plain).items():
-        assert program.platforms == ("cpu", "cuda", "tpu"), name
-        assert program.in_avals[0].str_short() == "uint32[n,2]"
-        assert program.nr_devices == 1
-        calls = set(re.findall(r"custom_call @([\w.]+)", program.mlir_module()))
-        assert calls <= {"cu_threefry2x32_ffi", "shape_assertion"}, (name, calls)
+@pytest.mark.parametrize("name", ["run", "likelihood", *NAMED])
+def test_programs_call_nothing_outside(plain, name):
+    """For all platforms, with an open number of examples; the one call checks shapes, as it is compiled."""
+    program = program_of(plain, name)
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    assert program.in_avals[0].str_short() == "uint32[n,2]"
+    assert program.nr_devices == 1
+    calls = set(re.findall(r"custom_call @([\w.]+)", program.mlir_module()))
+    assert calls <= {"shape_assertion"}
 
 
 def test_program_loads_with_jax_alone(plain, tmp_path, capsys):
@@ -269,7 +271,7 @@ def test_devices_share_a_loaded_sampler(plain):
 
 
 @pytest.mark.devices(4)
-@pytest.mark.parametrize("name", ["run", "likelihood", *NAMED])
+@pytest.mark.parametrize("name", ["run", "likelihood", "probability_flow", "reverse_sde"])
 def test_devices_do_not_talk(plain, name):
     experiment, params = parts(plain)
     keys, x = keys_of(KEY, 8)[0], ()
@@ -280,7 +282,8 @@ def test_devices_do_not_talk(plain, name):
     elif name != "run":
         function = export.sampled_by(experiment, other(name)).sampler
     shared = jax.jit(jd.parallel.per_shard(function, jd.parallel.data_mesh()))
-    text = shared.lower(params, keys, *x).compile().as_text()
+    shapes = jax.eval_shape(lambda *given: given, params, keys, *x)
+    text = shared.lower(*shapes).compile().as_text()
     assert "num_partitions=4" in text
     assert not re.search(r"all-|collective|reduce-scatter|callback", text)
 
