@@ -154,6 +154,7 @@ def experiment(config: Config) -> jd.Experiment:
         init=init,
         process=process,
         denoiser=denoiser,
+        shape=shape,
         loss=of_levels(denoising(dropout=config.dropout > 0.0)),
         held_out_loss=of_levels(denoising()),
         run=run,

@@ -190,6 +190,8 @@ def experiment(config: Config) -> jd.Experiment:
         trajectory=trajectory,
         evaluate=evaluate,
         likelihood=likelihood,
+        sampler=run,
+        shape=(dim,),
         draw=draw,
         draw_trajectory=lambda states, path, **options: plotting.point_trajectory(
             states[..., :2], path, **options

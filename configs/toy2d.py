@@ -77,6 +77,7 @@ def experiment(config: Config) -> jd.Experiment:
         init=lambda key: net.init(key, jnp.zeros((1, 2)), jnp.zeros(1)),
         process=process,
         denoiser=denoiser,
+        shape=(2,),
         objective=objective,
         run=run,
         grid=grid,

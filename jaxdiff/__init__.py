@@ -14,6 +14,7 @@ from jaxdiff.distributions import Categorical as Categorical
 from jaxdiff.distributions import Normal as Normal
 from jaxdiff.experiment import Experiment as Experiment
 from jaxdiff.experiment import Likelihood as Likelihood
+from jaxdiff.export import load_sampler as load_sampler
 from jaxdiff.guidance.cfg import CFG as CFG
 from jaxdiff.latents import decode as decode
 from jaxdiff.latents import encode as encode

@@ -1,4 +1,4 @@
-"""The command line: `jaxdiff train | sample | eval`.
+"""The command line: `jaxdiff train | sample | eval | export`.
 
 A user's mistake is answered with one line and exit code 2, before anything is written: values and
 files are looked at while a run is composed. What fails later has exit code 1, with one line where a
@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -22,9 +22,17 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
+from jaxdiff import grids
 from jaxdiff.checkpoints import CheckpointError, restore_ema
 from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import Experiment, load_config, load_run, save_run
+from jaxdiff.export import (
+    PLATFORMS,
+    export_likelihood,
+    export_sampler,
+    sampled_by,
+    save_program,
+)
 from jaxdiff.parallel import (
     check_divisible,
     data_mesh,
@@ -32,8 +40,14 @@ from jaxdiff.parallel import (
     start_distributed,
     state_shardings,
 )
+from jaxdiff.samplers.ancestral import Ancestral
+from jaxdiff.samplers.base import sample
+from jaxdiff.samplers.ddim import DDIM
+from jaxdiff.samplers.dpm_solver_plus import DPMSolverPP
+from jaxdiff.samplers.heun import Heun
+from jaxdiff.solve import probability_flow, reverse_sde
 from jaxdiff.training import Batches, NonFiniteLoss, fit, init_state, make_train_step
-from jaxdiff.typing import Params
+from jaxdiff.typing import Array, Params
 
 __all__ = ["main"]
 
@@ -42,12 +56,24 @@ USAGE = """usage: jaxdiff COMMAND …
   jaxdiff train CONFIG --workdir RUN [options]   train, then sample and evaluate
   jaxdiff sample RUN --num 64 --out samples.png  sample from a trained run
   jaxdiff eval RUN                               evaluate a trained run
+  jaxdiff export RUN --out sampler.jax           its sampler, or likelihood, for JAX alone
 
 CONFIG is a Python file such as configs/digits.py. `jaxdiff train CONFIG --help` lists its options,
 with their defaults; the same call goes on with a run that was interrupted.
 """
 
 SPLITS = ("train", "validation", "test")
+
+STEPS = {"ancestral": Ancestral, "ddim": DDIM, "dpm_solver_pp": DPMSolverPP, "heun": Heun}
+"""Samplers by steps, as `--sampler` names them."""
+
+LOADING = """it takes {taken}, the keys of n examples first, and returns {returned}:
+
+    import jax
+    from jax import export
+    program = jax.jit(export.deserialize(bytearray(open("{path}", "rb").read())).call)
+    keys = jax.random.split(jax.random.PRNGKey(0), 64)  # n = 64, or any other
+"""
 
 T = TypeVar("T")
 
@@ -59,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the words after the program's name; by default those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "sample": _sample, "eval": _evaluate}
+    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "export": _export}
     if words and words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -393,6 +419,73 @@ def _evaluate(words: Sequence[str]) -> None:
         progress=options.progress,
         mesh=options.machines.mesh(),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExportOptions:
+    """Writes the sampler of a trained run, or its likelihood, as a program that needs JAX alone."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    out: Path
+    """File to write."""
+    sampler: str = "run"
+    """run, the config's own; ancestral, ddim, dpm_solver_pp, heun or reverse_sde, in steps even in
+    log-SNR; or probability_flow, which chooses its steps."""
+    steps: int | None = None
+    """Steps of a sampler that is named; 100 if not given."""
+    likelihood: bool = False
+    """The likelihood instead, as the config computes it."""
+
+
+def _export(words: Sequence[str]) -> None:
+    options = _parse(_ExportOptions, words, "jaxdiff export")
+    with _mistakes():
+        _check_export(options)
+        experiment = load_run(options.run)
+        if options.sampler != "run":
+            sampler = functools.partial(_sampler, options.sampler, options.steps or 100)
+            experiment = sampled_by(experiment, sampler)
+    params = _parameters(experiment, options.run)
+    with _mistakes():
+        export = export_likelihood if options.likelihood else export_sampler
+        program = export(experiment, params)
+        save_program(program, options.out)
+    megabytes = options.out.stat().st_size / 1e6
+    print(f"wrote {options.out}: {megabytes:.1f} MB, for {', '.join(PLATFORMS)}")
+    taken, _ = jax.tree.unflatten(program.in_tree, [a.str_short() for a in program.in_avals])
+    returned = jax.tree.unflatten(program.out_tree, [a.str_short() for a in program.out_avals])
+    print(LOADING.format(path=options.out, taken=", ".join(map(str, taken)), returned=returned))
+
+
+def _check_export(options: _ExportOptions) -> None:
+    names = ("run", *STEPS, "reverse_sde", "probability_flow")
+    if options.sampler not in names:
+        raise ValueError(f"--sampler must be one of {', '.join(names)}, got {options.sampler!r}.")
+    if options.likelihood and options.sampler != "run":
+        raise ValueError(f"--likelihood has no sampler, got --sampler {options.sampler}.")
+    if options.steps is not None:
+        if options.likelihood or options.sampler in ("run", "probability_flow"):
+            raise ValueError(f"--steps are those of another --sampler, got {options.steps}.")
+        if options.steps < 2:
+            raise ValueError(f"--steps must be at least 2, got {options.steps}.")
+    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
+        raise ValueError(f"--out must be a file in a folder that exists, got {options.out}.")
+
+
+def _sampler(name: str, steps: int, process: Any) -> Callable[..., Array]:
+    """(denoise, keys, x) ↦ samples."""
+    if name == "probability_flow":
+        return lambda denoise, keys, x: probability_flow(
+            process, denoise, x, 1.0, 1e-3, final_denoise=True, throw=False
+        )
+    if name == "reverse_sde":
+        grid = grids.uniform_log_snr(process, steps, to_zero=False)
+        return lambda denoise, keys, x: reverse_sde(
+            process, denoise, keys, x, grid, final_denoise=True, throw=False
+        )
+    step, grid = STEPS[name](process), grids.uniform_log_snr(process, steps)
+    return lambda denoise, keys, x: sample(step, denoise, grid, keys, x)
 
 
 def _check_seed(seed: int) -> None:

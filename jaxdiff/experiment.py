@@ -76,6 +76,12 @@ class Experiment:
         likelihood: of its data, or None.
         draw: (samples, path), writes a picture.
         draw_trajectory: (states, path, times=times), writes a picture.
+        sampler: (parameters, keys [n]) ↦ samples [n, …] in the model's space, sample i of keys[i]
+            alone; of a run with classes label=[n], too, without which it draws classes. A pure
+            function, of which programs are made, or None.
+        num_classes: number of classes that samples can be asked for, or None. `denoiser` then has
+            an option label=[n], too.
+        shape: of a state of the process, where samples are such states; else None.
         shown: samples in the pictures of samples and of trajectories.
         intervals: how often `fit` logs, evaluates and saves, by its argument names.
     """
@@ -83,7 +89,7 @@ class Experiment:
     config: Any
     init: Callable[[Key], Params]
     process: Any
-    denoiser: Callable[[Params], Any]
+    denoiser: Callable[..., Any]
     objective: Objective
     optimizer: optax.GradientTransformation
     ema_decay: float
@@ -98,6 +104,9 @@ class Experiment:
     draw_trajectory: Callable[..., Any]
     likelihood: Likelihood | None = None
     accumulate: int = 1
+    sampler: Callable[..., Array] | None = None
+    num_classes: int | None = None
+    shape: tuple[int, ...] | None = None
     shown: tuple[int, int] = (64, 8)
     intervals: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

@@ -343,7 +343,7 @@ def image_experiment(
         loss: of training, on batches {"x": [b, h, w, c]}.
         held_out_loss: the same without dropout.
         run: (params, keys [n], **options of `sample`) ↦ images [n, h, w, c] in model space, or all
-            of the trajectory.
+            of the trajectory; with `num_classes` also label=[n].
         grid: its times.
         estimate: (params, keys [n], x [n, h, w, c], **options) ↦ log p or a bound of it.
         place: (keys [n], grey levels [n, h, w, c]) ↦ x_0 [n, …] of the process, for a model of the
@@ -353,7 +353,7 @@ def image_experiment(
         further: added to the report of the likelihood, when it is made: name ↦ () ↦ value.
         num_classes: if given, batches have a "label" [b] too: of training, that of no class instead
             with probability `label_dropout` of the config, which `ClassOptions` has.
-        **parts: `init`, `process` and `denoiser` of `Experiment`.
+        **parts: `init`, `process`, `denoiser` and `shape` of `Experiment`.
 
     Raises:
         ValueError: for an option outside its range.
@@ -469,6 +469,8 @@ def image_experiment(
         ),
         draw=plotting.image_grid,
         draw_trajectory=plotting.trajectory_grid,
+        sampler=run,
+        num_classes=num_classes,
         **parts,
     )
 
@@ -487,8 +489,8 @@ def score_experiment(
 ) -> Experiment:
     """A run on images by a score model: its samples, and its exact likelihood.
 
-    With a network of classes, samples are of classes drawn alike often; the likelihood is that of
-    the model without class.
+    With a network of classes, samples are of the labels given, or of classes drawn alike often; the
+    likelihood is that of the model without class.
 
     Args:
         config: `TrainingOptions`, `ImageOptions` and `ScoreOptions`, nothing left open.
@@ -508,13 +510,12 @@ def score_experiment(
     def denoiser(params, **condition):
         return NetDenoiser(params, process, net.apply, parameterization, condition)
 
-    def run(params, keys, **options):
+    def run(params, keys, label=None, **options):
         start, noise, of_class = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
         x = jax.vmap(process.prior(config.shape).sample)(start)
-        condition = {}
-        if (classes := net.num_classes) is not None:
-            draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))
-            condition["label"] = draw(of_class)
+        if label is None and (classes := net.num_classes) is not None:
+            label = jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))(of_class)
+        condition = {} if label is None else {"label": label}
         denoise = sampled(denoiser(params, **condition))
         return run_sampler(step, denoise, grid, noise, x, **options)
 
@@ -532,6 +533,7 @@ def score_experiment(
         run=run,
         grid=grid,
         num_classes=net.num_classes,
+        shape=config.shape,
         estimate=solved(
             log_p, tolerance=config.tolerance, probes=config.probes, shape=config.shape
         ),
@@ -600,6 +602,7 @@ def vdm_experiment(
         grid=grid,
         estimate=estimate,
         place=lambda keys, x: to_model(x, config.levels),
+        shape=config.shape,
     )
 
 
@@ -624,7 +627,7 @@ def toy_experiment(
         grid: its times.
         estimate: (params, keys [n], x [n, 2], **options) ↦ log p or a bound of it.
         sweeps: of `Likelihood`.
-        **parts: `init`, `process` and `denoiser` of `Experiment`.
+        **parts: `init`, `process`, `denoiser` and `shape` of `Experiment`.
 
     Raises:
         ValueError: for an option outside its range.
@@ -672,6 +675,7 @@ def toy_experiment(
             x, path, reference=toy.sample(jax.random.key(3), 2000)
         ),
         draw_trajectory=plotting.point_trajectory,
+        sampler=run,
         shown=(2000, 1000),
         intervals={"log_every": 500, "eval_every": 5000, "save_every": 5000},
         **parts,

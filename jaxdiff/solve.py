@@ -79,6 +79,7 @@ def reverse_sde(
     evaluations: bool = False,
     adjoint: diffrax.AbstractAdjoint | None = None,
     progress: diffrax.AbstractProgressMeter | None = None,
+    throw: bool = True,
 ) -> State | Flow:
     """Samples by solving the reverse-time SDE.
 
@@ -114,6 +115,9 @@ def reverse_sde(
             `BacksolveAdjoint(stepsize_controller=diffrax.StepTo(-grid[::-1]))` stores nothing; it
             wants a `path_tolerance` and a solver of one term, such as `Heun`.
         progress: one of diffrax's progress meters, `TqdmProgressMeter()` say.
+        throw: whether the host raises an error where the solver gave up. If not, the states are NaN
+            then; and steps on a grid without a `path_tolerance` need no host at all, so that they
+            can be exported.
 
     Returns:
         [b, …] states at grid[-1], or [n + 1, b, …]; with `evaluations`, a `Flow` of them and the
@@ -122,7 +126,7 @@ def reverse_sde(
     Raises:
         ValueError: if the grid does not fall strictly within [0, 1], eta < 0, path_tolerance ≤ 0,
             or calls cannot be counted.
-        RuntimeError: if the solver needed more than `max_steps` steps.
+        RuntimeError: if the solver needed more than `max_steps` steps, with `throw`.
 
     References: Anderson 1982, doi:10.1016/0304-4149(82)90051-5; Song et al. 2021,
         arXiv:2011.13456, eq. 6; Zhang and Chen 2022, arXiv:2204.13902 (the family in η); Karras et
@@ -138,12 +142,14 @@ def reverse_sde(
     solver = diffrax.Euler() if solver is None else solver
     if evaluations:
         check_countable(solver)
+    on_grid = diffrax.StepTo if throw else _OnGrid
     options = {
-        "controller": diffrax.StepTo(-grid) if controller is None else controller,
+        "controller": on_grid(-grid) if controller is None else controller,
         "max_steps": grid.shape[0] - 1 if controller is None else max_steps,
         "final_denoise": final_denoise,
         "adjoint": adjoint,
         "progress": progress,
+        "throw": throw,
     }
     if isinstance(eta, int | float) and eta == 0 and _solves_odes(solver):
         # Without noise this is the flow, to the last bit.
@@ -186,6 +192,7 @@ def probability_flow(
     evaluations: bool = False,
     adjoint: diffrax.AbstractAdjoint | None = None,
     progress: diffrax.AbstractProgressMeter | None = None,
+    throw: bool = True,
 ) -> State | Flow:
     """Carries states along the probability-flow ODE, in either direction.
 
@@ -212,6 +219,8 @@ def probability_flow(
             whose memory grows with the logarithm of the steps. `checkpoints=k` bounds it;
             `BacksolveAdjoint()` stores nothing, and solves the flow backwards instead.
         progress: one of diffrax's progress meters, `TqdmProgressMeter()` say.
+        throw: whether the host raises an error where the solver gave up. If not, the states are NaN
+            then; and without `times` no host is needed at all, so that the flow can be exported.
 
     Returns:
         [b, …] states at t1, or [n, b, …] at `times`; with `evaluations`, a `Flow` of states and
@@ -219,7 +228,7 @@ def probability_flow(
 
     Raises:
         ValueError: if a time lies outside [0, 1], or calls cannot be counted.
-        RuntimeError: if the solver needed more than `max_steps` steps.
+        RuntimeError: if the solver needed more than `max_steps` steps, with `throw`.
 
     References: Song et al. 2021, arXiv:2011.13456, eq. 13.
     """
@@ -242,6 +251,7 @@ def probability_flow(
         max_steps=max_steps,
         adjoint=adjoint,
         progress=progress,
+        throw=throw,
     )
     return solution if evaluations else solution.x
 
@@ -341,6 +351,7 @@ def _reverse_sde(
     final_denoise,
     adjoint,
     progress,
+    throw,
 ):
     def noise_level(eta: Any, process, t):
         scale: Any = eta(t) if callable(eta) else eta
@@ -389,6 +400,7 @@ def _reverse_sde(
         max_steps=max_steps,
         adjoint=adjoint,
         progress=progress,
+        throw=throw,
     )
     return _finish(denoise, solution, grid[-1], final_denoise, trajectory=trajectory)
 
@@ -408,6 +420,7 @@ def _probability_flow(
     final_denoise,
     adjoint,
     progress,
+    throw,
 ):
     clock = clock_of(process, t0, t1, controller)
 
@@ -427,6 +440,7 @@ def _probability_flow(
         max_steps=max_steps,
         adjoint=adjoint,
         progress=progress,
+        throw=throw,
     )
     last = t1 if times is None else times[-1]
     return _finish(denoise, solution, last, final_denoise, trajectory=times is not None)
@@ -551,15 +565,13 @@ def integrate(
             them; `error` is the solver's estimate of the step's error.
     """
     chooses, per_step = _chooses(controller), _calls_per_step(solver)
-    watches = chooses and per_step is not None
-    watched = _Watched(controller, judged, observe) if watches else controller
+    watched = _Watched(controller, judged, observe) if chooses else controller
     solution = diffrax.diffeqsolve(
         terms,
         solver,
         t0,
         t1,
-        # diffrax would take 0.01, whatever the length of the solve.
-        0.01 * (t1 - t0) if chooses else None,
+        None,
         y0,
         args,
         stepsize_controller=watched,
@@ -576,14 +588,14 @@ def integrate(
         return Solution(y1, jnp.asarray(-1), converged, None)
     # Every attempt at the first step computes the first stage anew.
     state: Any = solution.controller_state
-    first, tally = (state[1], state[3]) if watches else (1, None)
+    first, tally = (state[1], state[3]) if chooses else (1, None)
     calls = per_step[0] * solution.stats["num_steps"] + per_step[1] * first
     return Solution(y1, calls, converged, tally)
 
 
 def _finish(denoise, solution: Solution, t1, final_denoise, *, trajectory) -> Flow:
-    """Denoises the last state, if that is wanted."""
-    x, calls = solution.y, solution.num_evaluations
+    """Marks states that were not reached, and denoises the last one, if that is wanted."""
+    x, calls = jnp.where(solution.converged, solution.y, jnp.nan), solution.num_evaluations
     if not final_denoise:
         return Flow(x, calls)
     last = denoise(x[-1] if trajectory else x, t1).mean
@@ -755,6 +767,17 @@ class _TreeNoise(_ExampleNoise):
         )
 
 
+class _OnGrid(diffrax.StepTo):
+    """Steps on a grid. A solve between other times is NaN, where diffrax has the host raise."""
+
+    def wrap(self, direction):
+        return _OnGrid(self.ts * direction)
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        between = (t0 == self.ts[0]) & (t1 == self.ts[-1])
+        return jnp.where(between, self.ts[1], jnp.nan), 2
+
+
 class _Watched(diffrax.AbstractStepSizeController):
     """A controller that also counts the attempts up to the first accepted step, and observes."""
 
@@ -766,6 +789,9 @@ class _Watched(diffrax.AbstractStepSizeController):
         return _Watched(self.controller.wrap(direction), self.judged, self.observe)
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        # Not 0.01, whatever the length of the solve; and the host need not check its sign, as it
+        # would that of a first step given to diffrax.
+        dt0 = 0.01 * (t1 - t0)
         start, state = self.controller.init(
             terms, t0, t1, self.judged(y0), dt0, args, func, error_order
         )
