@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -18,12 +19,15 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import jax
 import tyro
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from jaxdiff import flops
 from jaxdiff.checkpoints import CheckpointError, restore_ema
 from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import Experiment, load_config, load_run, save_run
-from jaxdiff.parallel import check_divisible, data_mesh
+from jaxdiff.parallel import check_divisible, data_mesh, shard_batch
+from jaxdiff.reporting import import_wandb, profile_window
 from jaxdiff.training import Batches, NonFiniteLoss, fit, init_state, make_train_step
 from jaxdiff.typing import Params
 
@@ -41,7 +45,22 @@ with their defaults; the same call goes on with a run that was interrupted.
 
 SPLITS = ("train", "validation", "test")
 
-T = TypeVar("T")
+
+def _cache_folder() -> str:
+    """The user's setting of JAX, or a folder of the user's."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return jax.config.jax_compilation_cache_dir or str(Path(caches) / "jaxdiff" / "xla")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Those of every command."""
+
+    compilation_cache: str | None = dataclasses.field(default_factory=_cache_folder)
+    """Folder that keeps compiled programs for the next start; None keeps none."""
+
+
+T = TypeVar("T", bound=_Options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,11 +104,36 @@ def _parse(kind: type[T], words: Sequence[str], prog: str) -> T:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(kind, args=list(words), prog=prog)
+            options = tyro.cli(kind, args=list(words), prog=prog)
     except SystemExit as error:
         if error.code:
             _fail(_unboxed(stderr.getvalue()) or "the options could not be read.")
         raise
+    _keep_compiled(options.compilation_cache)
+    return options
+
+
+def _keep_compiled(folder: str | None) -> None:
+    """Compiled programs are read from a folder and written to it, by all that follows."""
+    if folder is not None and not _is_writable(folder):
+        print(
+            f"jaxdiff: warning: compiled programs are not kept, since nothing can be written to "
+            f"{folder}; see --compilation-cache.",
+            file=sys.stderr,
+        )
+        folder = None
+    compilation_cache.reset_cache()  # a config may have compiled something already
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _is_writable(folder: str) -> bool:
+    if "://" in folder:  # remote: JAX's own to find out
+        return True
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _unboxed(text: str) -> str:
@@ -110,11 +154,6 @@ def _train_options(config: type) -> type:
             ("config", Annotated[tyro.conf.OmitArgPrefixes[config], tyro.conf.arg(name="")]),
             ("progress", Annotated[bool, tyro.conf.arg(help="Show a progress bar.")], True),
             (
-                "compilation_cache",
-                Annotated[Path | None, tyro.conf.arg(help="Folder that keeps compiled programs.")],
-                None,
-            ),
-            (
                 "by",
                 Annotated[
                     Literal["jit", "shard_map", "pmap"],
@@ -125,7 +164,31 @@ def _train_options(config: type) -> type:
                 ],
                 "jit",
             ),
+            (
+                "profile_steps",
+                Annotated[
+                    str | None,
+                    tyro.conf.arg(
+                        metavar="FIRST:STOP",
+                        help="Updates to trace for TensorBoard: 100:110 are 100, …, 109.",
+                    ),
+                ],
+                None,
+            ),
+            (
+                "wandb",
+                Annotated[
+                    str | None,
+                    tyro.conf.arg(
+                        metavar="PROJECT",
+                        help="Project of Weights & Biases that the log goes to as well.",
+                    ),
+                ],
+                None,
+            ),
         ],
+        bases=(_Options,),
+        frozen=True,
     )
 
 
@@ -140,6 +203,7 @@ def _train(words: Sequence[str]) -> None:
         module = load_config(source)
         options: Any = _parse(_train_options(module.Config), words[1:], f"jaxdiff train {source}")
         experiment = module.experiment(options.config)
+        reports = _reports(options.profile_steps, options.wandb, experiment.steps)
         batches = experiment.batches()
         mesh = data_mesh() if jax.device_count() > 1 or options.by != "jit" else None
         check_divisible(batches[0], 1 if mesh is None else len(mesh.local_devices))
@@ -152,9 +216,15 @@ def _train(words: Sequence[str]) -> None:
             by=options.by,
         )
         save_run(options.workdir, source, experiment.config)
-    if options.compilation_cache is not None:
-        _keep_compiled(options.compilation_cache)
-    _fit(experiment, train_step, batches, options.workdir, mesh, progress=options.progress)
+    _fit(
+        experiment,
+        train_step,
+        batches,
+        mesh,
+        workdir=options.workdir,
+        progress=options.progress,
+        **reports,
+    )
     params = _parameters(experiment, options.workdir)
     picture = options.workdir / "samples.png"
     _draw_samples(experiment, params, picture, num=experiment.shown[0], seed=experiment.seed)
@@ -164,36 +234,46 @@ def _train(words: Sequence[str]) -> None:
     )
 
 
-def _keep_compiled(folder: Path) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def _reports(profile_steps: str | None, wandb: str | None, steps: int) -> dict[str, Any]:
+    """Arguments of `fit`, once they are known to do."""
+    window = None
+    if profile_steps is not None:
+        words = re.fullmatch(r"(\d+):(\d+)", profile_steps)
+        if words is None:
+            raise ValueError(
+                f"--profile-steps must be FIRST:STOP such as 100:110, got {profile_steps!r}."
+            )
+        window = int(words[1]), int(words[2])
+    profile_window(window, steps)
+    if wandb is not None:
+        import_wandb()
+    return {"profile_steps": window, "wandb": wandb}
 
 
 def _fit(
     experiment: Experiment,
     train_step: Any,
     batches: Batches,
-    workdir: Path,
     mesh: Mesh | None,
-    *,
-    progress: bool,
+    **options: Any,
 ) -> None:
     init_key, train_key, draw_key = jax.random.split(jax.random.key(experiment.seed), 3)
     params = jax.jit(experiment.init)(init_key)
+    state = init_state(params, experiment.optimizer, train_key, mesh=mesh)
+    batch = batches[0] if mesh is None else shard_batch(batches[0], mesh)
     fit(
         train_step,
-        init_state(params, experiment.optimizer, train_key, mesh=mesh),
+        state,
         batches,
         steps=experiment.steps,
-        workdir=workdir,
         config=dataclasses.asdict(experiment.config),
         validate=experiment.validate,
         draw=lambda params, path: experiment.draw(
             experiment.sample(params, draw_key, experiment.shown[0]), path
         ),
-        progress=progress,
         mesh=mesh,
+        flops_per_step=flops.count(train_step, state, batch),
+        **options,
         **experiment.intervals,
     )
 
@@ -252,7 +332,7 @@ def _evaluate_run(
 
 
 @dataclasses.dataclass(frozen=True)
-class _SampleOptions:
+class _SampleOptions(_Options):
     """Samples from a trained run into a picture."""
 
     run: tyro.conf.Positional[Path]
@@ -281,7 +361,7 @@ def _sample(words: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvaluateOptions:
+class _EvaluateOptions(_Options):
     """Evaluates a trained run: eval.json, a row an example in likelihood_SPLIT.csv, and pictures.
 
     The same call goes on with rows that were interrupted.
