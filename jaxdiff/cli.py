@@ -203,7 +203,10 @@ def _train(words: Sequence[str]) -> None:
         module = load_config(source)
         options: Any = _parse(_train_options(module.Config), words[1:], f"jaxdiff train {source}")
         experiment = module.experiment(options.config)
-        reports = _reports(options.profile_steps, options.wandb, experiment.steps)
+        profile_steps = _window(options.profile_steps)
+        profile_window(profile_steps, experiment.steps)
+        if options.wandb is not None:
+            import_wandb()
         batches = experiment.batches()
         mesh = data_mesh() if jax.device_count() > 1 or options.by != "jit" else None
         check_divisible(batches[0], 1 if mesh is None else len(mesh.local_devices))
@@ -220,10 +223,11 @@ def _train(words: Sequence[str]) -> None:
         experiment,
         train_step,
         batches,
+        options.workdir,
         mesh,
-        workdir=options.workdir,
         progress=options.progress,
-        **reports,
+        profile_steps=profile_steps,
+        wandb=options.wandb,
     )
     params = _parameters(experiment, options.workdir)
     picture = options.workdir / "samples.png"
@@ -234,28 +238,25 @@ def _train(words: Sequence[str]) -> None:
     )
 
 
-def _reports(profile_steps: str | None, wandb: str | None, steps: int) -> dict[str, Any]:
-    """Arguments of `fit`, once they are known to do."""
-    window = None
-    if profile_steps is not None:
-        words = re.fullmatch(r"(\d+):(\d+)", profile_steps)
-        if words is None:
-            raise ValueError(
-                f"--profile-steps must be FIRST:STOP such as 100:110, got {profile_steps!r}."
-            )
-        window = int(words[1]), int(words[2])
-    profile_window(window, steps)
-    if wandb is not None:
-        import_wandb()
-    return {"profile_steps": window, "wandb": wandb}
+def _window(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    words = re.fullmatch(r"(\d+):(\d+)", text)
+    if words is None:
+        raise ValueError(f"--profile-steps must be FIRST:STOP such as 100:110, got {text!r}.")
+    return int(words[1]), int(words[2])
 
 
 def _fit(
     experiment: Experiment,
     train_step: Any,
     batches: Batches,
+    workdir: Path,
     mesh: Mesh | None,
-    **options: Any,
+    *,
+    progress: bool,
+    profile_steps: tuple[int, int] | None,
+    wandb: str | None,
 ) -> None:
     init_key, train_key, draw_key = jax.random.split(jax.random.key(experiment.seed), 3)
     params = jax.jit(experiment.init)(init_key)
@@ -266,14 +267,17 @@ def _fit(
         state,
         batches,
         steps=experiment.steps,
+        workdir=workdir,
         config=dataclasses.asdict(experiment.config),
         validate=experiment.validate,
         draw=lambda params, path: experiment.draw(
             experiment.sample(params, draw_key, experiment.shown[0]), path
         ),
+        progress=progress,
         mesh=mesh,
         flops_per_step=flops.count(train_step, state, batch),
-        **options,
+        profile_steps=profile_steps,
+        wandb=wandb,
         **experiment.intervals,
     )
 

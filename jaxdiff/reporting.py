@@ -105,9 +105,9 @@ class Meter:
         """Seconds of a clock that stands still while this thread compiles."""
         return time.perf_counter() - self._compiled
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event in COMPILING and threading.get_ident() == self._thread:
-            self._compiled += seconds
+            self._compiled += duration_secs
 
 
 def _memory(devices: list[Any]) -> int | None:
