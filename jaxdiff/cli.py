@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -20,9 +21,10 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import jax
 import tyro
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from jaxdiff import grids
+from jaxdiff import flops, grids
 from jaxdiff.checkpoints import CheckpointError, restore_ema
 from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import Experiment, load_config, load_run, save_run
@@ -37,9 +39,11 @@ from jaxdiff.parallel import (
     check_divisible,
     data_mesh,
     from_first,
+    shard_batch,
     start_distributed,
     state_shardings,
 )
+from jaxdiff.reporting import import_wandb, profile_window
 from jaxdiff.samplers.ancestral import Ancestral
 from jaxdiff.samplers.base import sample
 from jaxdiff.samplers.ddim import DDIM
@@ -75,7 +79,22 @@ LOADING = """it takes {taken}, the keys of n examples first, and returns {return
     keys = jax.random.split(jax.random.PRNGKey(0), 64)  # n = 64, or any other
 """
 
-T = TypeVar("T")
+
+def _cache_folder() -> str:
+    """The user's setting of JAX, or a folder of the user's."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return jax.config.jax_compilation_cache_dir or str(Path(caches) / "jaxdiff" / "xla")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Those of every command."""
+
+    compilation_cache: str | None = dataclasses.field(default_factory=_cache_folder)
+    """Folder that keeps compiled programs for the next start; None keeps none."""
+
+
+T = TypeVar("T", bound=_Options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,11 +138,36 @@ def _parse(kind: type[T], words: Sequence[str], prog: str) -> T:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(kind, args=list(words), prog=prog)
+            options = tyro.cli(kind, args=list(words), prog=prog)
     except SystemExit as error:
         if error.code:
             _fail(_unboxed(stderr.getvalue()) or "the options could not be read.")
         raise
+    _keep_compiled(options.compilation_cache)
+    return options
+
+
+def _keep_compiled(folder: str | None) -> None:
+    """Compiled programs are read from a folder and written to it, by all that follows."""
+    if folder is not None and not _is_writable(folder):
+        print(
+            f"jaxdiff: warning: compiled programs are not kept, since nothing can be written to "
+            f"{folder}; see --compilation-cache.",
+            file=sys.stderr,
+        )
+        folder = None
+    compilation_cache.reset_cache()  # a config may have compiled something already
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _is_writable(folder: str) -> bool:
+    if "://" in folder:  # remote: JAX's own to find out
+        return True
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _unboxed(text: str) -> str:
@@ -181,11 +225,6 @@ def _train_options(config: type) -> type:
                 _Machines(),
             ),
             (
-                "compilation_cache",
-                Annotated[Path | None, tyro.conf.arg(help="Folder that keeps compiled programs.")],
-                None,
-            ),
-            (
                 "by",
                 Annotated[
                     Literal["jit", "shard_map", "pmap"],
@@ -196,7 +235,31 @@ def _train_options(config: type) -> type:
                 ],
                 "jit",
             ),
+            (
+                "profile_steps",
+                Annotated[
+                    str | None,
+                    tyro.conf.arg(
+                        metavar="FIRST:STOP",
+                        help="Updates to trace for TensorBoard: 100:110 are 100, …, 109.",
+                    ),
+                ],
+                None,
+            ),
+            (
+                "wandb",
+                Annotated[
+                    str | None,
+                    tyro.conf.arg(
+                        metavar="PROJECT",
+                        help="Project of Weights & Biases that the log goes to as well.",
+                    ),
+                ],
+                None,
+            ),
         ],
+        bases=(_Options,),
+        frozen=True,
     )
 
 
@@ -212,6 +275,10 @@ def _train(words: Sequence[str]) -> None:
         options: Any = _parse(_train_options(module.Config), words[1:], f"jaxdiff train {source}")
         options.machines.join()
         experiment = module.experiment(options.config)
+        profile_steps = _window(options.profile_steps)
+        profile_window(profile_steps, experiment.steps)
+        if options.wandb is not None:
+            import_wandb()
         batches = experiment.batches()
         mesh = options.machines.mesh(needed=options.by != "jit")
         devices = 1 if mesh is None else len(mesh.local_devices)
@@ -228,9 +295,16 @@ def _train(words: Sequence[str]) -> None:
         if _first():
             save_run(options.workdir, source, experiment.config)
         from_first(None)  # before that, no one else may write
-    if options.compilation_cache is not None:
-        _keep_compiled(options.compilation_cache)
-    _fit(experiment, train_step, batches, options.workdir, mesh, progress=options.progress)
+    _fit(
+        experiment,
+        train_step,
+        batches,
+        options.workdir,
+        mesh,
+        progress=options.progress,
+        profile_steps=profile_steps,
+        wandb=options.wandb,
+    )
     params = _parameters(experiment, options.workdir)
     picture, seed = options.workdir / "samples.png", experiment.seed
     _draw_samples(experiment, params, picture, num=experiment.shown[0], seed=seed, mesh=mesh)
@@ -245,10 +319,13 @@ def _first() -> bool:
     return jax.process_index() == 0
 
 
-def _keep_compiled(folder: Path) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def _window(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    words = re.fullmatch(r"(\d+):(\d+)", text)
+    if words is None:
+        raise ValueError(f"--profile-steps must be FIRST:STOP such as 100:110, got {text!r}.")
+    return int(words[1]), int(words[2])
 
 
 def _fit(
@@ -259,15 +336,19 @@ def _fit(
     mesh: Mesh | None,
     *,
     progress: bool,
+    profile_steps: tuple[int, int] | None,
+    wandb: str | None,
 ) -> None:
     init_key, train_key, draw_key = jax.random.split(jax.random.key(experiment.seed), 3)
     shardings = None
     if mesh is not None:  # so that no device ever holds the whole of what is split
         shardings = state_shardings(jax.eval_shape(experiment.init, init_key), mesh)
     params = jax.jit(experiment.init, out_shardings=shardings)(init_key)
+    state = init_state(params, experiment.optimizer, train_key, mesh=mesh)
+    batch = batches[0] if mesh is None else shard_batch(batches[0], mesh)
     fit(
         train_step,
-        init_state(params, experiment.optimizer, train_key, mesh=mesh),
+        state,
         batches,
         steps=experiment.steps,
         workdir=workdir,
@@ -278,6 +359,9 @@ def _fit(
         ),
         progress=progress,
         mesh=mesh,
+        flops_per_step=flops.count(train_step, state, batch),
+        profile_steps=profile_steps,
+        wandb=wandb,
         **experiment.intervals,
     )
 
@@ -351,7 +435,7 @@ def _evaluate_run(
 
 
 @dataclasses.dataclass(frozen=True)
-class _SampleOptions:
+class _SampleOptions(_Options):
     """Samples from a trained run into a picture."""
 
     run: tyro.conf.Positional[Path]
@@ -381,7 +465,7 @@ def _sample(words: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvaluateOptions:
+class _EvaluateOptions(_Options):
     """Evaluates a trained run: eval.json, a row an example in likelihood_SPLIT.csv, and pictures.
 
     The same call goes on with rows that were interrupted.
@@ -422,7 +506,7 @@ def _evaluate(words: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _ExportOptions:
+class _ExportOptions(_Options):
     """Writes the sampler of a trained run, or its likelihood, as a program that needs JAX alone."""
 
     run: tyro.conf.Positional[Path]

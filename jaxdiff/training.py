@@ -9,12 +9,10 @@ step.
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -36,6 +34,14 @@ from jaxdiff.parallel import (
     shard_state,
     split,
     state_shardings,
+)
+from jaxdiff.reporting import (
+    Meter,
+    Profiler,
+    import_wandb,
+    profile_window,
+    progress_bar,
+    rows_log,
 )
 from jaxdiff.typing import Batch, Key, Metrics, Objective, Params
 
@@ -347,6 +353,9 @@ def fit(
     draw: Callable[[Params, Path], None] | None = None,
     progress: bool = True,
     mesh: Mesh | None = None,
+    flops_per_step: float | None = None,
+    profile_steps: tuple[int, int] | None = None,
+    wandb: str | None = None,
 ) -> TrainState:
     """Trains until `steps` updates are done, going on from the newest checkpoint in `workdir`.
 
@@ -354,12 +363,20 @@ def fit(
 
         checkpoints/<step>           every `save_every` updates; the newest three
         metrics.jsonl, tensorboard/  a row every `log_every` updates: means over the updates since
-                                     the last row, and their speed without evaluation and saving
+                                     the last row, and what is listed below
         samples/step-<step>.png      by `draw`, every `eval_every` updates
 
     and all of them at the end. On SIGTERM it saves, and raises SystemExit(143) so that a launcher
     sees unfinished work; the same call then goes on. Over several processes each calls `fit`, and
-    process 0 alone writes.
+    process 0 alone writes. Beside the means of the step's metrics a row holds, of all devices,
+
+        steps/s, examples/s  the speed, without the time of compilation, evaluation and saving
+        flops/s              model FLOPs in that time, if `flops_per_step` is given
+        utilisation          its share of what the devices could do in bfloat16, if that is known
+        data_wait            the share of that time in which the loop waited for its next batch; the
+                             input limits the speed if it is near 1
+        compile_seconds      spent in compilation since the call, tracing not counted
+        device_memory_gb     the most that a device of process 0 has held, in 10⁹ bytes; not on CPUs
 
     Args:
         train_step: from `make_train_step`.
@@ -376,35 +393,49 @@ def fit(
         draw: called on process 0 with the averaged parameters and the picture's path.
         progress: show a progress bar.
         mesh: the mesh that the train step was made for.
+        flops_per_step: model FLOPs of an update, from `flops.count(train_step, state, batch)`.
+        profile_steps: (first, stop) traces the updates first … stop − 1 into `workdir`, where
+            TensorBoard shows them; evaluations and checkpoints that fall between them are in it.
+        wandb: project of Weights & Biases that the rows go to as well; the folder keeps the id of
+            its run, which a resumed one goes on with.
 
     Returns:
         The final state.
 
     Raises:
-        ValueError: if a count is out of range.
+        ValueError: if a count is out of range, `profile_steps` is not within the run, either it or
+            `wandb` is given without `workdir`, or wandb is not installed.
         NonFiniteLoss: if a loss was not finite: names the first such step, and the checkpoint
             before it. Noticed when the next row, evaluation or checkpoint is due.
         CheckpointError: if `workdir` has checkpoints and none can be restored.
         SystemExit: after SIGTERM, once the state is saved.
     """
     _check_counts(steps, log_every=log_every, eval_every=eval_every, save_every=save_every)
+    _check_reports(workdir, profile_steps=profile_steps, wandb=wandb)
+    profiled = profile_window(profile_steps, steps)
     workdir = None if workdir is None else Path(workdir)
     primary = jax.process_index() == 0
+    reports = workdir if primary else None
     with contextlib.ExitStack() as stack:
         checkpoints = None if workdir is None else stack.enter_context(_checkpoints(workdir))
         state = _resume(state, checkpoints, mesh)
         start = int(state.step)
         if start >= steps:
             return state
-        log = stack.enter_context(_log(workdir if primary else None, start))
-        bar = stack.enter_context(_progress_bar(start, steps, show=progress and primary))
+        log = stack.enter_context(rows_log(reports, start, wandb=wandb, config=config))
+        bar = stack.enter_context(progress_bar(start, steps, show=progress and primary))
+        profiler = stack.enter_context(Profiler(reports, profiled))
         terminated = stack.enter_context(_sigterm(listen=checkpoints is not None))
 
-        meter = _Meter()
+        profiler.start_before(start + 1, state)
+        devices = state.step.sharding.device_set
+        meter = stack.enter_context(Meter(devices, flops_per_step=flops_per_step))
         for step in range(start + 1, steps + 1):
-            batch = batches[step - 1]
-            batch = batch if mesh is None else shard_batch(batch, mesh)
-            state, metrics = train_step(state, batch)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                with meter.waiting():
+                    batch = batches[step - 1]
+                    batch = batch if mesh is None else shard_batch(batch, mesh)
+                state, metrics = train_step(state, batch)
             meter.add(metrics)
             bar.update()
 
@@ -415,10 +446,11 @@ def fit(
             log_due, eval_due, save_due = (
                 end or step % every == 0 for every in (log_every, eval_every, save_every)
             )
-            if not (log_due or eval_due or save_due):
+            if not (log_due or eval_due or save_due or profiler.due(step)):
                 continue
 
             _check_losses(meter.pause(), step, checkpoints)
+            profiler.stop_after(step, state)
             if log_due:
                 row = meter.row(batch_size=next(iter(batch.values())).shape[0])
                 bar.set_postfix_str(f"loss {row['loss']:.4g}, {row['examples/s']:.0f} examples/s")
@@ -437,41 +469,9 @@ def fit(
                     path = workdir / "samples" / f"step-{step:06d}.png"
                     path.parent.mkdir(exist_ok=True)
                     draw(whole, path)
+            profiler.start_before(step + 1, state)
             meter.go_on()
     return state
-
-
-class _Meter:
-    """The metrics of the steps since the last row, and the time that these steps took."""
-
-    def __init__(self):
-        self._pending: list[Metrics] = []  # on the device
-        self._fetched: list[dict[str, Any]] = []  # on the host
-        self._seconds = 0.0
-        self.go_on()
-
-    def go_on(self) -> None:
-        """Starts the clock."""
-        self._since = time.perf_counter()
-
-    def add(self, metrics: Metrics) -> None:
-        """Keeps the metrics of one more step, without waiting for them."""
-        self._pending.append(metrics)
-
-    def pause(self) -> list[dict[str, Any]]:
-        """Waits for the device, stops the clock, and returns what was added since last time."""
-        fetched, self._pending = jax.device_get(self._pending), []
-        self._fetched += fetched
-        self._seconds += time.perf_counter() - self._since
-        return fetched
-
-    def row(self, *, batch_size: int) -> dict[str, float]:
-        """Means and speed since the last row."""
-        metrics, count = self._fetched, len(self._fetched)
-        means = {name: sum(float(m[name]) for m in metrics) / count for name in metrics[0]}
-        rate = count / self._seconds
-        self._fetched, self._seconds = [], 0.0
-        return {**means, "steps/s": rate, "examples/s": rate * batch_size}
 
 
 def _own(leaf: Any) -> Array:
@@ -587,6 +587,16 @@ def _check_counts(steps: int, **intervals: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def _check_reports(
+    workdir: Any, *, profile_steps: tuple[int, int] | None, wandb: str | None
+) -> None:
+    for name, value in (("profile_steps", profile_steps), ("wandb", wandb)):
+        if value is not None and workdir is None:
+            raise ValueError(f"workdir must be given for {name}={value!r}, got None")
+    if wandb is not None:
+        import_wandb()
+
+
 def _checkpoints(workdir: Path) -> Any:
     from jaxdiff.checkpoints import Checkpoints  # which needs TrainState
 
@@ -633,12 +643,6 @@ def _on_this_process(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), replicate(tree, mesh))
 
 
-def _progress_bar(start: int, steps: int, *, show: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(initial=start, total=steps, unit="step", disable=not show, dynamic_ncols=True)
-
-
 @contextlib.contextmanager
 def _sigterm(*, listen: bool) -> Iterator[threading.Event]:
     """An event that SIGTERM sets, instead of ending the process.
@@ -655,47 +659,3 @@ def _sigterm(*, listen: bool) -> Iterator[threading.Event]:
         yield received
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
-
-
-@contextlib.contextmanager
-def _log(workdir: Path | None, start: int) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-    """A function (step, row) that adds to metrics.jsonl and TensorBoard, from step `start` on."""
-    if workdir is None:
-        yield lambda step, row: None
-        return
-    from tensorboardX import SummaryWriter
-
-    path = workdir / "metrics.jsonl"
-    _forget_rows_after(start, path)
-    with (
-        path.open("a") as file,
-        SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1) as events,
-    ):
-
-        def log(step: int, row: Mapping[str, Any]) -> None:
-            now = time.time()
-            values = {name: float(value) for name, value in row.items()}
-            # JSON knows no nan: a metric, unlike the loss, may be one.
-            finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-            file.write(json.dumps({"step": step, "wall_time": now, **finite}) + "\n")
-            file.flush()
-            for name, value in values.items():
-                events.add_scalar(name, value, step, walltime=now)
-
-        yield log
-
-
-def _forget_rows_after(step: int, path: Path) -> None:
-    """Drops the rows that a resumed run writes again, and a last line that a kill cut short."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if _row_step(line) <= step]
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.replace(path)
-
-
-def _row_step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except json.JSONDecodeError:
-        return math.inf

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from jaxdiff.checkpoints import restore_ema
@@ -233,6 +234,10 @@ OPTIONS = {
         "process_id must be in [0, 2), got 2",
     ),
     "no one to meet": (["--distributed"], "give coordinator, num_processes and process_id"),
+    "no window": (["--profile-steps", "3"], "--profile-steps must be FIRST:STOP"),
+    "window of nothing": (["--profile-steps", "3:3"], "got 3:3"),
+    "window beyond the end": (["--profile-steps", "3:6"], "steps + 1 = 5, got 3:6"),
+    "window of words": (["--profile-steps", "a:b"], "got 'a:b'"),
 }
 
 
@@ -255,6 +260,11 @@ def refused(npz, tmp_path, monkeypatch, capsys):
 def test_bad_option_is_one_line(name, refused):
     options, named = OPTIONS[name]
     assert named in refused(*options)
+
+
+def test_wandb_without_its_package_is_one_line(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install 'jaxdiff[wandb]'" in refused("--wandb", "mine")
 
 
 @pytest.mark.devices(4)
@@ -345,6 +355,58 @@ def test_mistakes_end_a_process_with_code_2(tmp_path):
         assert (done.returncode, done.stdout) == (2, "")
         assert re.fullmatch(r"jaxdiff: error: [^\n]+\n", done.stderr)
     assert not list(tmp_path.iterdir())
+
+
+# Compiled programs
+
+
+@pytest.fixture
+def no_cache():
+    """JAX without a folder for compiled programs; afterwards all is as it was."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("command", [["sample"], ["eval"], ["train", str(DIGITS), "--workdir"]])
+def test_programs_are_kept_in_the_user_s_cache(command, no_cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "nope").touch()
+    mistake(capsys, *command, tmp_path / "nope")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxdiff" / "xla")
+    assert (tmp_path / "jaxdiff" / "xla").is_dir()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    mistake(capsys, *command, tmp_path / "nope")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+    mistake(capsys, *command, tmp_path / "nope", "--compilation-cache", "None")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_run_fills_its_cache_and_reads_it(no_cache, small, npz, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    for run, hits in (("first", 0), ("second", 1)):
+        jax.clear_caches()
+        heard = []
+        monkeypatch.setattr("jaxdiff.cli._evaluate_run", lambda *args, **options: None)
+        listener = lambda event, heard=heard, **kwargs: heard.append(event)
+        jax.monitoring.register_event_listener(listener)
+        command(small, npz, tmp_path / run, "--compilation-cache", cache)
+        jax.monitoring.unregister_event_listener(listener)
+        assert list(cache.glob("jit_step-*-cache"))
+        misses = heard.count("/jax/compilation_cache/cache_misses")
+        assert (misses == 0) == bool(hits)
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_warning(no_cache, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main(["sample", "nope", "--compilation-cache", str(tmp_path / "file" / "cache")])
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("jaxdiff: warning: compiled programs are not kept")
+    assert "nope" in error
+    assert jax.config.jax_compilation_cache_dir is None
 
 
 # Help
@@ -648,7 +710,8 @@ def test_digits_run_leaves_its_pictures_and_metrics(digits_run):
             assert np.ptp(np.asarray(picture.convert("L"))) > 100, f"{name} is blank"
     rows = [json.loads(line) for line in (digits_run / "metrics.jsonl").read_text().splitlines()]
     merged = {name: value for row in rows for name, value in row.items()}
-    assert {"step", "loss", "steps/s", "examples/s", "validation/loss"} <= set(merged)
+    told = {"step", "loss", "steps/s", "examples/s", "flops/s", "data_wait", "compile_seconds"}
+    assert told | {"validation/loss"} <= set(merged)
     assert merged["step"] == 4
     assert (digits_run / "checkpoints" / "4").is_dir()
     assert list((digits_run / "tensorboard").glob("events.*"))

@@ -161,7 +161,7 @@ def test_program_of_a_model_of_classes_takes_labels(classy):
 
 @pytest.mark.parametrize("name", ["run", "likelihood", *NAMED])
 def test_programs_call_nothing_outside(plain, name):
-    """For all platforms, with an open number of examples; the one call checks shapes, as it is compiled."""
+    """For all platforms and any number of examples; the one call checks shapes when it compiles."""
     program = program_of(plain, name)
     assert program.platforms == ("cpu", "cuda", "tpu")
     assert program.in_avals[0].str_short() == "uint32[n,2]"
