@@ -7,6 +7,7 @@ run can fail without anyone's mistake, and with the traceback of a bug otherwise
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import re
@@ -20,7 +21,7 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
-from jaxdiff.checkpoints import CheckpointError, restore_ema
+from jaxdiff.checkpoints import CheckpointError, CheckpointMismatch, restore_ema
 from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import Experiment, load_config, load_run, save_run
 from jaxdiff.parallel import check_divisible, data_mesh
@@ -41,6 +42,8 @@ with their defaults; the same call goes on with a run that was interrupted.
 
 SPLITS = ("train", "validation", "test")
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 T = TypeVar("T")
 
 
@@ -60,8 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"the command must be one of {', '.join(commands)}, got {given}; see jaxdiff --help.")
     try:
         commands[words[0]](words[1:])
+    except CheckpointMismatch as error:
+        _fail(f"{error}; give another folder.")
     except (CheckpointError, NonFiniteLoss) as error:
         _fail(str(error), code=1)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _fail(f"{error}; once there is space, the same command goes on.", code=1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on.", code=130)
 
@@ -115,6 +124,17 @@ def _train_options(config: type) -> type:
                 None,
             ),
             (
+                "checkpoint_dir",
+                Annotated[
+                    str | None,
+                    tyro.conf.arg(
+                        help="Folder of the checkpoints, if not in --workdir: it may be remote, "
+                        "such as gs://bucket/run."
+                    ),
+                ],
+                None,
+            ),
+            (
                 "by",
                 Annotated[
                     Literal["jit", "shard_map", "pmap"],
@@ -154,8 +174,16 @@ def _train(words: Sequence[str]) -> None:
         save_run(options.workdir, source, experiment.config)
     if options.compilation_cache is not None:
         _keep_compiled(options.compilation_cache)
-    _fit(experiment, train_step, batches, options.workdir, mesh, progress=options.progress)
-    params = _parameters(experiment, options.workdir)
+    _fit(
+        experiment,
+        train_step,
+        batches,
+        options.workdir,
+        mesh,
+        checkpoint_dir=options.checkpoint_dir,
+        progress=options.progress,
+    )
+    params = _parameters(experiment, options.workdir, options.checkpoint_dir)
     picture = options.workdir / "samples.png"
     _draw_samples(experiment, params, picture, num=experiment.shown[0], seed=experiment.seed)
     _draw_trajectory(experiment, params, options.workdir / "trajectory.png", seed=experiment.seed)
@@ -177,6 +205,7 @@ def _fit(
     workdir: Path,
     mesh: Mesh | None,
     *,
+    checkpoint_dir: str | None,
     progress: bool,
 ) -> None:
     init_key, train_key, draw_key = jax.random.split(jax.random.key(experiment.seed), 3)
@@ -187,6 +216,7 @@ def _fit(
         batches,
         steps=experiment.steps,
         workdir=workdir,
+        checkpoint_dir=checkpoint_dir,
         config=dataclasses.asdict(experiment.config),
         validate=experiment.validate,
         draw=lambda params, path: experiment.draw(
@@ -198,13 +228,19 @@ def _fit(
     )
 
 
-def _parameters(experiment: Experiment, run: Path) -> Params:
-    """The averaged parameters of a run's newest checkpoint."""
+def _parameters(
+    experiment: Experiment, run: Path, folder: str | None, checkpoint: str = "last"
+) -> Params:
+    """The averaged parameters of one of a run's checkpoints."""
     with _mistakes():
-        if not (run / "checkpoints").is_dir():
+        if folder is None and not (run / "checkpoints").is_dir():
             raise ValueError(f"RUN {run} has no checkpoint yet; train it first.")
         abstract = jax.eval_shape(experiment.init, jax.random.key(0))
-        return restore_ema(run / "checkpoints", abstract)
+        return restore_ema(
+            run / "checkpoints" if folder is None else folder,
+            abstract,
+            checkpoint=int(checkpoint) if checkpoint.isdecimal() else checkpoint,
+        )
 
 
 def _draw_samples(
@@ -261,6 +297,10 @@ class _SampleOptions:
     """How many samples."""
     out: Path = Path("samples.png")
     """Picture to write."""
+    checkpoint: str = "last"
+    """last, best by the validation loss, or a step."""
+    checkpoint_dir: str | None = None
+    """Folder of the checkpoints, if not in RUN."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -276,7 +316,7 @@ def _sample(words: Sequence[str]) -> None:
         if not options.out.absolute().parent.is_dir():
             raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}.")
         experiment = load_run(options.run)
-    params = _parameters(experiment, options.run)
+    params = _parameters(experiment, options.run, options.checkpoint_dir, options.checkpoint)
     _draw_samples(experiment, params, options.out, num=options.num, seed=options.seed)
 
 
@@ -291,6 +331,10 @@ class _EvaluateOptions:
     """Folder of the run."""
     split: str = "test"
     """train, validation or test; of the first two the likelihood only, into eval_SPLIT.json."""
+    checkpoint: str = "last"
+    """last, best by the validation loss, or a step."""
+    checkpoint_dir: str | None = None
+    """Folder of the checkpoints, if not in RUN."""
     seed: int = 0
     """Seed of noise and probes."""
     progress: bool = True
@@ -307,7 +351,7 @@ def _evaluate(words: Sequence[str]) -> None:
         experiment.batches()  # the data are there, and of the run's shape
         if options.split != "test" and experiment.likelihood is None:
             raise ValueError(f"--split {options.split}: RUN {options.run} has no likelihood.")
-    params = _parameters(experiment, options.run)
+    params = _parameters(experiment, options.run, options.checkpoint_dir, options.checkpoint)
     _evaluate_run(
         experiment,
         params,
