@@ -320,6 +320,8 @@ def fit(
     workdir = None if workdir is None else Path(workdir)
     primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        if workdir is not None and primary:
+            workdir.mkdir(parents=True, exist_ok=True)
         folder = checkpoint_dir or (workdir and workdir / "checkpoints")
         checkpoints = folder and stack.enter_context(_checkpoints(folder, batches))
         state = _resume(state, checkpoints, mesh)
