@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
@@ -176,7 +177,7 @@ class Checkpoints:
         step, items = _first_sound(
             self._manager,
             steps,
-            lambda step: _restore(self._manager, step, targets, self._num_examples),
+            lambda place: _restore(place, targets, self._num_examples),
         )
         self._set_aside([other for other in steps if other > step])
         return TrainState(
@@ -269,7 +270,7 @@ def restore_ema(
     with _manager(path, create=False) as manager:
         steps = _chosen(manager, checkpoint)
         targets = {"ema": abstract_params}
-        return _first_sound(manager, steps, lambda step: _restore(manager, step, targets))[1]["ema"]
+        return _first_sound(manager, steps, lambda place: _restore(place, targets))[1]["ema"]
 
 
 def restore_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -287,7 +288,7 @@ def restore_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with _manager(path, create=False) as manager:
         steps = _chosen(manager, "last")
-        return _first_sound(manager, steps, lambda step: _restore_config(manager, step))[1]
+        return _first_sound(manager, steps, _restore_config)[1]
 
 
 _METRICS = "metrics.json"
@@ -362,12 +363,12 @@ def _read_metrics(directory: Any) -> dict[int, float]:
     return {int(step): metric for step, metric in known.items()}
 
 
-def _first_sound(manager: Any, steps: Sequence[int], read: Callable[[int], T]) -> tuple[int, T]:
+def _first_sound(manager: Any, steps: Sequence[int], read: Callable[[Any], T]) -> tuple[int, T]:
     """The first of the steps that is not damaged, and what is read of it."""
     failures: dict[int, Exception] = {}
     for step in steps:
         try:
-            found = read(step)
+            found = read(manager.directory / str(step))
         except CheckpointMismatch:
             raise
         except Exception as error:  # orbax raises a bare Exception for a truncated file
@@ -389,47 +390,64 @@ def _first_sound(manager: Any, steps: Sequence[int], read: Callable[[int], T]) -
 
 
 def _restore(
-    manager: Any, step: int, targets: dict[str, Any], num_examples: int | None = None
+    place: Any, targets: dict[str, Any], num_examples: int | None = None
 ) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
+    targets = {name: _target(tree) for name, tree in targets.items()}
+    together = not all(t.sharding.is_fully_addressable for t in jax.tree.leaves(targets))
+    restored, expected, error = {}, {}, None
+    try:
+        expected = _expected(place, targets, num_examples)
+        restored = {name: _read(place / name, target) for name, target in targets.items()}
+    except Exception as problem:
+        error = problem
+    # A process that gave up alone would leave the others waiting for it.
+    failed = together and multihost_utils.process_allgather(np.array(error is not None)).any()
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("another process cannot read its part")
+    for name, tree in restored.items():
+        for leaf, (_, checksum) in _contents(tree).items():
+            if checksum != expected[name][leaf][1]:
+                raise ValueError(f"checksum mismatch in {name}/{leaf}")
+    return restored
 
-    contents = _read_contents(manager, step)
-    place = manager.directory / str(step)
+
+def _expected(place: Any, targets: dict[str, Any], num_examples: int | None) -> dict[str, Any]:
+    """The kinds and checksums of what is saved, if it is what is wanted."""
+    contents = _read_contents(place)
     _check_leaves(place, contents["leaves"], targets)
     if num_examples is not None and contents["num_examples"] not in (None, num_examples):
         raise CheckpointMismatch(
             f"checkpoint {place} is of a run with {contents['num_examples']} training examples, "
             f"and the data set now has {num_examples}"
         )
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(_target(tree)) for name, tree in targets.items()},
-        ),
-    )
-    for name in targets:
-        expected = contents["leaves"][name]
-        for leaf, (_, checksum) in _contents(restored[name]).items():
-            if checksum != expected[leaf][1]:
-                raise ValueError(f"checksum mismatch in {name}/{leaf}")
-    return {name: restored[name] for name in targets}
+    return contents["leaves"]
 
 
-def _restore_config(manager: Any, step: int) -> dict[str, Any]:
+def _read(path: Any, target: Any) -> Any:
+    """What an item holds, read by each process for itself."""
     import orbax.checkpoint as ocp
 
-    contents = _read_contents(manager, step)
-    values = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-    if _crc(values) != contents["config"]:
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+        return checkpointer.restore(path, target)
+
+
+def _restore_config(place: Any) -> dict[str, Any]:
+    values = _read_json(place / "config")
+    if _crc(values) != _read_contents(place)["config"]:
         raise ValueError("checksum mismatch in config")
     return values
 
 
-def _read_contents(manager: Any, step: int) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
+def _read_contents(place: Any) -> dict[str, Any]:
+    return _unseal(_read_json(place / "contents"))
 
-    found = manager.restore(step, args=ocp.args.Composite(contents=ocp.args.JsonRestore()))
-    return _unseal(found["contents"])
+
+def _read_json(item: Any) -> Any:
+    return json.loads((item / "metadata").read_text())
 
 
 def _check_leaves(place: Any, saved: Mapping[str, Any], targets: Mapping[str, Any]) -> None:
