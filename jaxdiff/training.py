@@ -322,8 +322,11 @@ def fit(
     with contextlib.ExitStack() as stack:
         if workdir is not None and primary:
             workdir.mkdir(parents=True, exist_ok=True)
-        folder = checkpoint_dir or (workdir and workdir / "checkpoints")
-        checkpoints = folder and stack.enter_context(_checkpoints(folder, batches))
+        if checkpoint_dir is None and workdir is not None:
+            checkpoint_dir = workdir / "checkpoints"
+        checkpoints = None
+        if checkpoint_dir is not None:
+            checkpoints = stack.enter_context(_checkpoints(checkpoint_dir, batches))
         state = _resume(state, checkpoints, mesh)
         start = int(state.step)
         if start >= steps:
