@@ -1,5 +1,6 @@
 """Runs that end before they are done: a second start goes on as if nothing had been."""
 
+import contextlib
 import json
 import os
 import resource
@@ -12,8 +13,22 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
-from runs import SAVE_EVERY, STEPS, Data, abstract, assert_same_bits, network_params, raw, run
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from runs import (
+    SAVE_EVERY,
+    STEPS,
+    Data,
+    abstract,
+    assert_same_bits,
+    largest_file,
+    network_params,
+    raw,
+    run,
+)
 
 from jaxdiff.checkpoints import (
     CheckpointError,
@@ -22,6 +37,7 @@ from jaxdiff.checkpoints import (
     restore_ema,
 )
 from jaxdiff.parallel import data_mesh, start_distributed
+from jaxdiff.training import init_state
 
 HEARTBEAT = 10
 """Seconds that a silent process counts as alive; the least that JAX takes well."""
@@ -67,10 +83,6 @@ def test_a_run_goes_on_to_the_same_numbers_on_other_devices(straight, point, tmp
 
 
 # What a run says of its checkpoints
-
-
-def loss_of(params):
-    return {"loss": float(np.square(params["w"]).sum())}
 
 
 def test_the_best_is_by_the_validation_of_its_own_step(tmp_path):
@@ -164,33 +176,39 @@ class Slow(Data):
         return {"x": super().__getitem__(step)["x"][first : first + part]}
 
 
-@pytest.fixture
-def pair(tmp_path):
-    """Two processes that train together, and have saved a checkpoint."""
+@contextlib.contextmanager
+def two_processes(task, folder):
+    """They do a task of this file together; what they say goes to the folder's log."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    log = (tmp_path / "log").open("w")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, port, str(index), str(tmp_path / "run")],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
-            stderr=log,
-        )
-        for index in (0, 1)
-    ]
-    try:
+    with (folder / "log").open("w") as log:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, task, port, str(index), str(folder / "run")],
+                env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
+                stderr=log,
+            )
+            for index in (0, 1)
+        ]
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two processes that train together, and have saved a checkpoint."""
+    with two_processes("train", tmp_path) as processes:
         deadline = time.monotonic() + 120
         while not list((tmp_path / "run").glob("checkpoints/[0-9]")):
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             assert all(p.poll() is None for p in processes), (tmp_path / "log").read_text()
             time.sleep(0.05)
         yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        log.close()
 
 
 def newest(folder):
@@ -225,8 +243,36 @@ def test_the_death_of_one_process_ends_the_other(victim, pair, tmp_path):
     assert again.asked == list(range(reached, reached + 3))
 
 
+def test_what_one_process_cannot_read_both_pass_over(tmp_path):
+    """A state that is split over them; alone, the one would wait for the other for ever."""
+    with two_processes("damage", tmp_path) as processes:
+        codes = [process.wait(timeout=90) for process in processes]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "damaged-2"]
+
+
+def damage(folder):
+    mesh = data_mesh()
+    state = init_state(network_params(1024), optax.sgd(0.1), jax.random.key(0), mesh=mesh)
+    split = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P("data")))
+    state = state._replace(params=split(state.params))
+    with Checkpoints(folder) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state._replace(step=state.step + step))
+        checkpoints.wait()
+        if jax.process_index() == 0:
+            path = largest_file(folder / "2" / "params" / "ocdbt.process_1")
+            os.truncate(path, path.stat().st_size // 2)
+        multihost_utils.sync_global_devices("damaged")
+        restored = checkpoints.restore_latest(state)
+        assert int(restored.step.addressable_data(0)) == 1
+
+
+def train(folder):
+    run(folder, Slow(), steps=10_000, mesh=data_mesh())
+
+
 if __name__ == "__main__":
-    start_distributed(
-        f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]), heartbeat_timeout_seconds=HEARTBEAT
-    )
-    run(Path(sys.argv[3]), Slow(), steps=10_000, mesh=data_mesh())
+    task, port, index, folder = sys.argv[1:]
+    start_distributed(f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=HEARTBEAT)
+    {"train": train, "damage": damage}[task](Path(folder))

@@ -464,6 +464,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="of training, and of saving, each")
     parser.add_argument("--flips", type=int, default=5, help="of each file")
+    parser.add_argument("--only", nargs="*", help="of kills, end, terminations, full, …")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -472,16 +473,17 @@ def main() -> None:
         assert whole.finish() == 0, whole.log.read_text()
         print("| fault | times | outcome | steps lost, at most | seconds to exit, at most |")
         print("|---|---|---|---|---|", flush=True)
-        for rows in (
-            kills(place / "kills", whole, options.kills),
-            kills_at_the_end(place / "end", whole, 10),
-            terminations(place / "terminations", whole, 5),
-            full_disk(place / "full", whole, 5),
-            bad_data(place / "data", whole),
-            damages(place / "damages", whole, options.flips),
-            pairs(place / "pairs", whole.config, 60),
-        ):
-            for row in rows:
+        rows = {
+            "kills": lambda at: kills(at, whole, options.kills),
+            "end": lambda at: kills_at_the_end(at, whole, 10),
+            "terminations": lambda at: terminations(at, whole, 5),
+            "full": lambda at: full_disk(at, whole, 5),
+            "data": lambda at: bad_data(at, whole),
+            "damages": lambda at: damages(at, whole, options.flips),
+            "pairs": lambda at: pairs(at, whole.config, 60),
+        }
+        for name in options.only or rows:
+            for row in rows[name](place / name):
                 seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
                 lost = "" if row.lost is None else row.lost
                 words = f"| {row.fault} | {row.times} | {row.outcome} | {lost} | {seconds} |"
