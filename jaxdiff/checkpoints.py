@@ -3,77 +3,152 @@
 A checkpoint is one folder `<directory>/<step>` that orbax renames into place when it is complete,
 so a process killed at any moment leaves either the whole of it or a temporary folder that nobody
 lists. Its items are separate (`params`, `ema`, `opt`, `train`, `config`), so that inference reads
-the averaged parameters alone. `checksums` holds a CRC-32 of every leaf: storage restores a flipped
-bit without complaint, and a run must not go on from one.
+the averaged parameters alone. One more, `contents`, says what is in them: of every leaf its dtype,
+its shape and a checksum, for storage restores a flipped bit without complaint, and a run must not
+go on from one.
+
+The checksum of a leaf of 32-bit words x_0 … x_{n−1} is
+
+    Σ_i mix(x_i ⊕ mix(i))   mod 2³²,
+
+with the finalizer of MurmurHash3 for `mix`, a bijection of the 32-bit words. So a change within
+one word changes one term by something other than 0 mod 2³², and is always found; any other change
+is missed with a probability of about 2⁻³². A sum of integers is exact in any order and each term
+needs nothing but its own index: a leaf is summed where it lies, whatever its sharding.
+
+Paths are left to orbax, so a directory may be "gs://bucket/run" as well.
 """
 
+import contextlib
+import json
+import math
 import os
-import shutil
 import textwrap
 import warnings
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Array
 
 from jaxdiff.training import TrainState
 from jaxdiff.typing import Params
 
-__all__ = ["CheckpointError", "Checkpoints", "restore_config", "restore_ema"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointMismatch",
+    "Checkpoints",
+    "restore_config",
+    "restore_ema",
+]
+
+T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """There are checkpoints, and none of them can be restored."""
+    """A checkpoint cannot be written, or there are some and none of them can be restored."""
+
+
+class CheckpointMismatch(ValueError):
+    """A checkpoint is sound, but of another model, optimizer or data set than is asked for."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them; a context manager.
+    """The checkpoints of one run: the newest `keep`, and the best; a context manager.
+
+    The best is the one of the lowest number that `record_metric` was told.
 
     Args:
-        directory: the folder that holds them; made if missing.
-        keep: how many to keep, ≥ 1.
+        directory: the folder that holds them, local or remote; made if missing.
+        keep: how many of the newest to keep, ≥ 1.
+        num_examples: of the training set, if it has a number. It is saved as well, and checkpoints
+            of another number are refused.
 
     Raises:
         ValueError: if `keep` is less than 1.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        num_examples: int | None = None,
+    ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        self.directory = Path(directory).absolute()
+        self._num_examples = num_examples
+        self._metrics: dict[int, float] = {}
         self._manager = _manager(
-            self.directory, max_to_keep=keep, create=True, cleanup_tmp_directories=True
+            directory,
+            create=True,
+            cleanup_tmp_directories=True,
+            preservation_policy=_NewestAndBest(keep, self._metrics),
         )
+        self._metrics |= _read_metrics(self.directory)
+
+    @property
+    def directory(self) -> Any:
+        """The folder, as a path of etils: like one of pathlib, but it may be remote."""
+        return self._manager.directory
 
     def save(self, step: int, state: TrainState, config: Mapping[str, Any] | None = None) -> None:
         """Starts to save the state; returns once it is copied, and writes in the background.
 
         Args:
             step: the number of updates behind the state; more than that of every checkpoint here.
-            state: the training state, replicated; it may be donated as soon as this returns.
+            state: the training state, of any shardings; it may be donated as soon as this returns.
             config: values for JSON, kept beside it.
 
         Raises:
             ValueError: if `step` is not newer than the newest checkpoint.
+            CheckpointError: if it, or the one before it, cannot be written.
         """
         import orbax.checkpoint as ocp
 
         items = _items(state)
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                config=ocp.args.JsonSave(dict(config or {})),
-                checksums=ocp.args.JsonSave({name: _checksums(i) for name, i in items.items()}),
-                **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-            ),
-        )
+        values = json.loads(json.dumps(config or {}))
+        contents = {
+            "leaves": {name: _contents(tree) for name, tree in items.items()},
+            "config": _crc(values),
+            "num_examples": self._num_examples,
+        }
+        with self._writing():
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    config=ocp.args.JsonSave(values),
+                    contents=ocp.args.JsonSave(_seal(contents)),
+                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                ),
+            )
         if not saved:
             raise ValueError(f"step must be newer than {self.latest_step()}, got {step}")
+
+    def record_metric(self, step: int, metric: float) -> None:
+        """Notes how good a checkpoint is; the best is kept.
+
+        This is not part of saving, so that a save need not wait for an evaluation.
+
+        Args:
+            step: of a checkpoint.
+            metric: the lower, the better; what is not finite counts as nothing.
+        """
+        if not math.isfinite(metric):
+            return
+        steps = self._manager.all_steps()
+        self._metrics[step] = metric
+        known = {str(step): m for step, m in self._metrics.items() if step in steps}
+        if jax.process_index() == 0:
+            partial = self.directory / f"{_METRICS}.tmp"
+            with self._writing():
+                partial.write_text(json.dumps(_seal({"metrics": known})))
+                partial.replace(self.directory / _METRICS)
 
     def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
         """The newest undamaged checkpoint, bit for bit.
@@ -84,19 +159,27 @@ class Checkpoints:
         Args:
             abstract_state: a state of the wanted shapes, dtypes and shardings: arrays, or
                 `jax.ShapeDtypeStruct` as `jax.eval_shape` gives them (one device, if they name no
-                sharding). The number of devices need not be that of the saving run.
+                sharding). Neither the number of devices nor the shardings need be those of the
+                saving run.
 
         Returns:
             The state, or None if there is no checkpoint.
 
         Raises:
-            CheckpointError: if there are checkpoints and all are damaged or of another model.
+            CheckpointMismatch: if the newest is of another model, optimizer or data set; names the
+                leaves. Nothing is moved.
+            CheckpointError: if there are checkpoints and all are damaged.
         """
-        newest = _restore_newest(self._manager, _items(abstract_state))
-        if newest is None:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             return None
-        step, items = newest
-        self._set_aside([other for other in self._manager.all_steps() if other > step])
+        targets = _items(abstract_state)
+        step, items = _first_sound(
+            self._manager,
+            steps,
+            lambda place: _restore(place, targets, self._num_examples),
+        )
+        self._set_aside([other for other in steps if other > step])
         return TrainState(
             step=items["train"]["step"],
             params=items["params"],
@@ -114,12 +197,22 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything is on disk.
+
+        Raises:
+            CheckpointError: if something cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the writes and releases the folder."""
-        self._manager.close()
+        """Waits for the writes and releases the folder.
+
+        Raises:
+            CheckpointError: if something cannot be written.
+        """
+        with self._writing():
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -132,75 +225,97 @@ class Checkpoints:
     ) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax hands on whatever the storage raises
+            raise CheckpointError(
+                f"a checkpoint cannot be written to {self.directory}: {_brief(error)}"
+            ) from error
+
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
             return
         if jax.process_index() == 0:
             for step in steps:
                 aside = self.directory / f"damaged-{step}"
-                shutil.rmtree(aside, ignore_errors=True)
+                if aside.exists():
+                    aside.rmtree()
                 (self.directory / str(step)).rename(aside)
         multihost_utils.sync_global_devices("jaxdiff: damaged checkpoints set aside")
         self._manager.reload()
 
 
-def restore_ema(path: str | os.PathLike[str], abstract_params: Params) -> Params:
-    """The averaged parameters of the newest undamaged checkpoint; changes nothing on disk.
+def restore_ema(
+    path: str | os.PathLike[str], abstract_params: Params, *, checkpoint: str | int = "last"
+) -> Params:
+    """The averaged parameters of an undamaged checkpoint; changes nothing on disk.
 
     Args:
-        path: the folder of the checkpoints.
+        path: the folder of the checkpoints, local or remote.
         abstract_params: parameters of the wanted shapes, dtypes and shardings, as in
             `Checkpoints.restore_latest`; usually `jax.eval_shape(network.init, ...)`.
+        checkpoint: "last", "best" by the validation metric, or a step. In place of a damaged
+            one comes the one before it or, with a warning too, the next best; not of a step.
 
     Returns:
         The parameters, on the devices that `abstract_params` names.
 
     Raises:
-        ValueError: if there is no checkpoint.
-        CheckpointError: if there are checkpoints and all are damaged or of another model.
+        ValueError: if there is no such checkpoint.
+        CheckpointMismatch: if it is of another model; names the leaves.
+        CheckpointError: if there are checkpoints and all are damaged.
     """
-    with _reader(path) as manager:
-        newest = _restore_newest(manager, {"ema": abstract_params})
-    if newest is None:
-        raise ValueError(f"path must hold a checkpoint, got {os.fspath(path)!r}")
-    return newest[1]["ema"]
+    with _manager(path, create=False) as manager:
+        steps = _chosen(manager, checkpoint)
+        targets = {"ema": abstract_params}
+        return _first_sound(manager, steps, lambda place: _restore(place, targets))[1]["ema"]
 
 
 def restore_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The configuration that was saved with the newest checkpoint.
+    """The configuration that was saved with the newest undamaged checkpoint.
 
     Args:
-        path: the folder of the checkpoints.
+        path: the folder of the checkpoints, local or remote.
 
     Returns:
         The values, as JSON knows them.
 
     Raises:
         ValueError: if there is no checkpoint.
+        CheckpointError: if there are checkpoints and all are damaged.
     """
-    import orbax.checkpoint as ocp
+    with _manager(path, create=False) as manager:
+        steps = _chosen(manager, "last")
+        return _first_sound(manager, steps, _restore_config)[1]
 
-    with _reader(path) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"path must hold a checkpoint, got {os.fspath(path)!r}")
-        return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))[
-            "config"
-        ]
+
+_METRICS = "metrics.json"
+
+
+class _NewestAndBest:
+    """orbax's preservation policy, of metrics that are known only after the save."""
+
+    def __init__(self, keep: int, metrics: Mapping[int, float]):
+        self._keep, self._metrics = keep, metrics
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self._keep :], *_by_metric(steps, self._metrics)[:1]}
+        return [step in kept for step in steps]
 
 
 def _manager(directory: str | os.PathLike[str], **options: Any) -> Any:
     import orbax.checkpoint as ocp
 
-    return ocp.CheckpointManager(
-        Path(directory).absolute(), options=ocp.CheckpointManagerOptions(**options)
-    )
-
-
-def _reader(path: str | os.PathLike[str]) -> Any:
-    if not Path(path).is_dir():
-        raise ValueError(f"path must hold a checkpoint, got {os.fspath(path)!r}")
-    return _manager(path, create=False)
+    folder = os.fspath(directory)
+    # orbax wants absolute paths, and knows the remote ones.
+    folder = folder if "://" in folder else os.path.abspath(folder)
+    try:
+        return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(**options))
+    except (ImportError, OSError) as error:
+        raise CheckpointError(f"{folder} cannot be reached: {_brief(error)}") from error
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -212,11 +327,50 @@ def _items(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _restore_newest(manager: Any, targets: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+def _chosen(manager: Any, checkpoint: str | int) -> list[int]:
+    """The steps to try, one after the other."""
+    steps = sorted(manager.all_steps(), reverse=True)
+    if not steps:
+        raise ValueError(f"path must hold a checkpoint, got {str(manager.directory)!r}")
+    if checkpoint == "last":
+        return steps
+    if checkpoint == "best":
+        rated = _by_metric(steps, _read_metrics(manager.directory))
+        if not rated:
+            raise ValueError(
+                f"checkpoint='best': none in {manager.directory} has a validation metric"
+            )
+        return rated
+    if checkpoint not in steps:
+        raise ValueError(f"checkpoint must be 'last', 'best' or one of {steps}, got {checkpoint!r}")
+    return [int(checkpoint)]
+
+
+def _by_metric(steps: Sequence[int], metrics: Mapping[int, float]) -> list[int]:
+    """Those that have one, the best first; of equals the newest."""
+    return sorted((s for s in steps if s in metrics), key=lambda s: (metrics[s], -s))
+
+
+def _read_metrics(directory: Any) -> dict[int, float]:
+    path = directory / _METRICS
+    if not path.exists():
+        return {}
+    try:
+        known = _unseal(json.loads(path.read_text()))["metrics"]
+    except ValueError as error:
+        warnings.warn(f"{path} is damaged ({_brief(error)})", RuntimeWarning, stacklevel=3)
+        return {}
+    return {int(step): metric for step, metric in known.items()}
+
+
+def _first_sound(manager: Any, steps: Sequence[int], read: Callable[[Any], T]) -> tuple[int, T]:
+    """The first of the steps that is not damaged, and what is read of it."""
     failures: dict[int, Exception] = {}
-    for step in sorted(manager.all_steps(), reverse=True):
+    for step in steps:
         try:
-            restored = _restore(manager, step, targets)
+            found = read(manager.directory / str(step))
+        except CheckpointMismatch:
+            raise
         except Exception as error:  # orbax raises a bare Exception for a truncated file
             failures[step] = error
             continue
@@ -227,32 +381,91 @@ def _restore_newest(manager: Any, targets: dict[str, Any]) -> tuple[int, dict[st
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return step, restored
-    if failures:
-        newest = failures[max(failures)]
-        raise CheckpointError(
-            f"no checkpoint in {manager.directory} can be restored: all are damaged or of another "
-            f"model ({_brief(newest)})"
-        ) from newest
-    return None
+        return step, found
+    first = failures[steps[0]]
+    raise CheckpointError(
+        f"no checkpoint in {manager.directory} can be restored: "
+        f"{', '.join(map(str, steps))} damaged ({_brief(first)})"
+    ) from first
 
 
-def _restore(manager: Any, step: int, targets: dict[str, Any]) -> dict[str, Any]:
+def _restore(
+    place: Any, targets: dict[str, Any], num_examples: int | None = None
+) -> dict[str, Any]:
+    targets = {name: _target(tree) for name, tree in targets.items()}
+    together = not all(t.sharding.is_fully_addressable for t in jax.tree.leaves(targets))
+    restored, expected, error = {}, {}, None
+    try:
+        expected = _expected(place, targets, num_examples)
+        restored = {name: _read(place / name, target) for name, target in targets.items()}
+    except Exception as problem:
+        error = problem
+    # A process that gave up alone would leave the others waiting for it.
+    failed = together and multihost_utils.process_allgather(np.array(error is not None)).any()
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("another process cannot read its part")
+    for name, tree in restored.items():
+        for leaf, (_, checksum) in _contents(tree).items():
+            if checksum != expected[name][leaf][1]:
+                raise ValueError(f"checksum mismatch in {name}/{leaf}")
+    return restored
+
+
+def _expected(place: Any, targets: dict[str, Any], num_examples: int | None) -> dict[str, Any]:
+    """The kinds and checksums of what is saved, if it is what is wanted."""
+    contents = _read_contents(place)
+    _check_leaves(place, contents["leaves"], targets)
+    if num_examples is not None and contents["num_examples"] not in (None, num_examples):
+        raise CheckpointMismatch(
+            f"checkpoint {place} is of a run with {contents['num_examples']} training examples, "
+            f"and the data set now has {num_examples}"
+        )
+    return contents["leaves"]
+
+
+def _read(path: Any, target: Any) -> Any:
+    """What an item holds, read by each process for itself."""
     import orbax.checkpoint as ocp
 
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            checksums=ocp.args.JsonRestore(),
-            **{name: ocp.args.StandardRestore(_target(tree)) for name, tree in targets.items()},
-        ),
-    )
-    for name in targets:
-        expected = restored["checksums"][name]
-        for leaf, checksum in _checksums(restored[name]).items():
-            if checksum != expected[leaf]:
-                raise ValueError(f"checksum mismatch in {name}{leaf}")
-    return {name: restored[name] for name in targets}
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+        return checkpointer.restore(path, target)
+
+
+def _restore_config(place: Any) -> dict[str, Any]:
+    values = _read_json(place / "config")
+    if _crc(values) != _read_contents(place)["config"]:
+        raise ValueError("checksum mismatch in config")
+    return values
+
+
+def _read_contents(place: Any) -> dict[str, Any]:
+    return _unseal(_read_json(place / "contents"))
+
+
+def _read_json(item: Any) -> Any:
+    return json.loads((item / "metadata").read_text())
+
+
+def _check_leaves(place: Any, saved: Mapping[str, Any], targets: Mapping[str, Any]) -> None:
+    differences = []
+    for name, tree in targets.items():
+        wanted = {leaf: _kind(value) for leaf, value in _named_leaves(tree)}
+        for leaf in wanted | saved[name]:
+            there = saved[name][leaf][0] if leaf in saved[name] else "no such leaf"
+            here = wanted.get(leaf, "none")
+            if there != here:
+                differences.append(
+                    f"{name}/{leaf}: the checkpoint has {there}, the model wants {here}"
+                )
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CheckpointMismatch(
+            f"checkpoint {place} is of another model: {'; '.join(differences[:3])}{more}"
+        )
 
 
 def _target(tree: Any) -> Any:
@@ -266,19 +479,71 @@ def _target(tree: Any) -> Any:
     )
 
 
-def _checksums(tree: Any) -> dict[str, int]:
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_raw_keys(tree)))
+def _contents(tree: Any) -> dict[str, tuple[str, int]]:
+    """Of each leaf its kind and its checksum."""
+    leaves = _named_leaves(tree)
+    # All are on their way before the first is waited for.
+    sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
     return {
-        jax.tree_util.keystr(path): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in leaves
+        name: (_kind(leaf), int(total)) for (name, leaf), total in zip(leaves, sums, strict=True)
     }
 
 
-def _raw_keys(tree: Any) -> Any:
-    def raw(leaf: Any) -> Any:
-        is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jax.random.key_data(leaf) if is_key else leaf
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
-    return jax.tree.map(raw, tree)
+
+def _kind(leaf: Any) -> str:
+    return f"{leaf.dtype} {leaf.shape}"
+
+
+@jax.jit
+def _checksum(leaf: Array) -> Array:
+    words = _words(leaf)
+    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index += along * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    return jnp.sum(_mix(words ^ _mix(index)), dtype=jnp.uint32)
+
+
+def _words(leaf: Array) -> Array:
+    """The bits of an array as uint32: a word for each element, or two on a last axis."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if jnp.iscomplexobj(leaf):
+        leaf = jnp.stack([leaf.real, leaf.imag], -1)
+    if leaf.dtype == bool:
+        leaf = leaf.astype(jnp.uint8)
+    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(leaf, narrow).astype(jnp.uint32)
+
+
+def _mix(word: Array) -> Array:
+    """The finalizer of MurmurHash3: each line can be undone."""
+    word ^= word >> 16
+    word *= jnp.uint32(0x85EBCA6B)
+    word ^= word >> 13
+    word *= jnp.uint32(0xC2B2AE35)
+    return word ^ word >> 16
+
+
+def _seal(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"crc": _crc(values)}
+
+
+def _unseal(found: Any) -> dict[str, Any]:
+    """The values, if they are those that were sealed."""
+    values = {name: value for name, value in dict(found).items() if name != "crc"}
+    if found.get("crc") != _crc(values):
+        raise ValueError("checksum mismatch in its table of contents")
+    return values
+
+
+def _crc(values: Any) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _brief(error: Exception) -> str:

@@ -7,6 +7,7 @@ run can fail without anyone's mistake, and with the traceback of a bug otherwise
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import json
@@ -25,7 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from jaxdiff import flops, grids
-from jaxdiff.checkpoints import CheckpointError, restore_ema
+from jaxdiff.checkpoints import CheckpointError, CheckpointMismatch, restore_ema
 from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import Experiment, load_config, load_run, save_run
 from jaxdiff.export import (
@@ -67,6 +68,8 @@ with their defaults; the same call goes on with a run that was interrupted.
 """
 
 SPLITS = ("train", "validation", "test")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 STEPS = {"ancestral": Ancestral, "ddim": DDIM, "dpm_solver_pp": DPMSolverPP, "heun": Heun}
 """Samplers by steps, as `--sampler` names them."""
@@ -113,8 +116,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"the command must be one of {', '.join(commands)}, got {given}; see jaxdiff --help.")
     try:
         commands[words[0]](words[1:])
+    except CheckpointMismatch as error:
+        _fail(f"{error}; give another folder.")
     except (CheckpointError, NonFiniteLoss) as error:
         _fail(str(error), code=1)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _fail(f"{error}; once there is space, the same command goes on.", code=1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on.", code=130)
 
@@ -225,6 +234,17 @@ def _train_options(config: type) -> type:
                 _Machines(),
             ),
             (
+                "checkpoint_dir",
+                Annotated[
+                    str | None,
+                    tyro.conf.arg(
+                        help="Folder of the checkpoints, if not in --workdir: it may be remote, "
+                        "such as gs://bucket/run."
+                    ),
+                ],
+                None,
+            ),
+            (
                 "by",
                 Annotated[
                     Literal["jit", "shard_map", "pmap"],
@@ -301,11 +321,12 @@ def _train(words: Sequence[str]) -> None:
         batches,
         options.workdir,
         mesh,
+        checkpoint_dir=options.checkpoint_dir,
         progress=options.progress,
         profile_steps=profile_steps,
         wandb=options.wandb,
     )
-    params = _parameters(experiment, options.workdir)
+    params = _parameters(experiment, options.workdir, options.checkpoint_dir)
     picture, seed = options.workdir / "samples.png", experiment.seed
     _draw_samples(experiment, params, picture, num=experiment.shown[0], seed=seed, mesh=mesh)
     _draw_trajectory(experiment, params, options.workdir / "trajectory.png", seed=seed)
@@ -335,6 +356,7 @@ def _fit(
     workdir: Path,
     mesh: Mesh | None,
     *,
+    checkpoint_dir: str | None,
     progress: bool,
     profile_steps: tuple[int, int] | None,
     wandb: str | None,
@@ -352,6 +374,7 @@ def _fit(
         batches,
         steps=experiment.steps,
         workdir=workdir,
+        checkpoint_dir=checkpoint_dir,
         config=dataclasses.asdict(experiment.config),
         validate=functools.partial(experiment.validate, mesh=mesh),
         draw=lambda params, path: experiment.draw(
@@ -366,13 +389,19 @@ def _fit(
     )
 
 
-def _parameters(experiment: Experiment, run: Path) -> Params:
-    """The averaged parameters of a run's newest checkpoint."""
+def _parameters(
+    experiment: Experiment, run: Path, folder: str | None, checkpoint: str = "last"
+) -> Params:
+    """The averaged parameters of one of a run's checkpoints."""
     with _mistakes():
-        if not (run / "checkpoints").is_dir():
+        if folder is None and not (run / "checkpoints").is_dir():
             raise ValueError(f"RUN {run} has no checkpoint yet; train it first.")
         abstract = jax.eval_shape(experiment.init, jax.random.key(0))
-        return restore_ema(run / "checkpoints", abstract)
+        return restore_ema(
+            run / "checkpoints" if folder is None else folder,
+            abstract,
+            checkpoint=int(checkpoint) if checkpoint.isdecimal() else checkpoint,
+        )
 
 
 def _draw_samples(
@@ -444,6 +473,10 @@ class _SampleOptions(_Options):
     """How many samples."""
     out: Path = Path("samples.png")
     """Picture to write."""
+    checkpoint: str = "last"
+    """last, best by the validation loss, or a step."""
+    checkpoint_dir: str | None = None
+    """Folder of the checkpoints, if not in RUN."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -459,7 +492,7 @@ def _sample(words: Sequence[str]) -> None:
         if not options.out.absolute().parent.is_dir():
             raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}.")
         experiment = load_run(options.run)
-    params = _parameters(experiment, options.run)
+    params = _parameters(experiment, options.run, options.checkpoint_dir, options.checkpoint)
     mesh = data_mesh() if jax.device_count() > 1 else None
     _draw_samples(experiment, params, options.out, num=options.num, seed=options.seed, mesh=mesh)
 
@@ -475,6 +508,10 @@ class _EvaluateOptions(_Options):
     """Folder of the run."""
     split: str = "test"
     """train, validation or test; of the first two the likelihood only, into eval_SPLIT.json."""
+    checkpoint: str = "last"
+    """last, best by the validation loss, or a step."""
+    checkpoint_dir: str | None = None
+    """Folder of the checkpoints, if not in RUN."""
     seed: int = 0
     """Seed of noise and probes."""
     progress: bool = True
@@ -493,7 +530,7 @@ def _evaluate(words: Sequence[str]) -> None:
         experiment.batches()  # the data are there, and of the run's shape
         if options.split != "test" and experiment.likelihood is None:
             raise ValueError(f"--split {options.split}: RUN {options.run} has no likelihood.")
-    params = _parameters(experiment, options.run)
+    params = _parameters(experiment, options.run, options.checkpoint_dir, options.checkpoint)
     _evaluate_run(
         experiment,
         params,

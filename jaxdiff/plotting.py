@@ -6,8 +6,9 @@ a style or a display. With a path the picture is written there, its folders made
 either way.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -412,8 +413,8 @@ def _write(picture: Picture, path: Target) -> Picture:
     from PIL import Image
 
     if path is not None:
-        _make_folder(path)
-        Image.fromarray(picture).save(path)
+        with _in_one_piece(path) as partial:
+            Image.fromarray(picture).save(partial)
     return picture
 
 
@@ -463,10 +464,19 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _save(figure: "Figure", path: Target) -> "Figure":
     if path is not None:
-        _make_folder(path)
-        figure.savefig(path, dpi=150)
+        with _in_one_piece(path) as partial:
+            figure.savefig(partial, dpi=150)
     return figure
 
 
-def _make_folder(path: str | PathLike[str]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def _in_one_piece(path: str | PathLike[str]) -> Iterator[Path]:
+    """A file beside the path that takes its place when it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")  # the suffix is the format
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -345,6 +345,7 @@ def fit(
     *,
     steps: int,
     workdir: str | os.PathLike[str] | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
     log_every: int = 100,
     eval_every: int = 1000,
@@ -361,14 +362,16 @@ def fit(
 
     Update n + 1 takes `batches[n]`. In `workdir` the run leaves
 
-        checkpoints/<step>           every `save_every` updates; the newest three
+        checkpoints/<step>           every `save_every` updates; the newest three, and the best by
+                                     the "loss" of `validate`, where it told one of that step
         metrics.jsonl, tensorboard/  a row every `log_every` updates: means over the updates since
                                      the last row, and what is listed below
         samples/step-<step>.png      by `draw`, every `eval_every` updates
 
     and all of them at the end. On SIGTERM it saves, and raises SystemExit(143) so that a launcher
-    sees unfinished work; the same call then goes on. Over several processes each calls `fit`, and
-    process 0 alone writes. Beside the means of the step's metrics a row holds, of all devices,
+    sees unfinished work; the same call then goes on. An evaluation is broken off for that, but of
+    several processes, which agree on the step to stop at. Over several processes each calls `fit`,
+    and process 0 alone writes. Beside the means of the step's metrics a row holds, of all devices,
 
         steps/s, examples/s  the speed, without the time of compilation, evaluation and saving
         flops/s              model FLOPs in that time, if `flops_per_step` is given
@@ -383,7 +386,9 @@ def fit(
         state: from `init_state`; it is donated.
         batches: `batches[i]` gives this process's part of batch i as numpy arrays.
         steps: updates in the whole run, ≥ 0. If there are as many already, nothing is done.
-        workdir: the run's folder; None keeps nothing on disk.
+        workdir: the run's folder, a local one; None keeps nothing on disk.
+        checkpoint_dir: the folder of the checkpoints, if it is not in `workdir`: on machines that
+            come and go, one that stays, such as "gs://bucket/run".
         config: values for JSON, saved with each checkpoint.
         log_every: updates between rows, ≥ 1.
         eval_every: updates between evaluations, ≥ 1.
@@ -405,9 +410,12 @@ def fit(
     Raises:
         ValueError: if a count is out of range, `profile_steps` is not within the run, either it or
             `wandb` is given without `workdir`, or wandb is not installed.
+        CheckpointMismatch: if the checkpoints are of another model or optimizer, or of another
+            number of training examples, where `batches` has `num_examples`.
         NonFiniteLoss: if a loss was not finite: names the first such step, and the checkpoint
             before it. Noticed when the next row, evaluation or checkpoint is due.
-        CheckpointError: if `workdir` has checkpoints and none can be restored.
+        CheckpointError: if there are checkpoints and none can be restored, or one cannot be
+            written.
         SystemExit: after SIGTERM, once the state is saved.
     """
     _check_counts(steps, log_every=log_every, eval_every=eval_every, save_every=save_every)
@@ -417,7 +425,13 @@ def fit(
     primary = jax.process_index() == 0
     reports = workdir if primary else None
     with contextlib.ExitStack() as stack:
-        checkpoints = None if workdir is None else stack.enter_context(_checkpoints(workdir))
+        if workdir is not None and primary:
+            workdir.mkdir(parents=True, exist_ok=True)
+        if checkpoint_dir is None and workdir is not None:
+            checkpoint_dir = workdir / "checkpoints"
+        checkpoints = None
+        if checkpoint_dir is not None:
+            checkpoints = stack.enter_context(_checkpoints(checkpoint_dir, batches))
         state = _resume(state, checkpoints, mesh)
         start = int(state.step)
         if start >= steps:
@@ -439,7 +453,7 @@ def fit(
             meter.add(metrics)
             bar.update()
 
-            preempted = terminated.is_set() or (
+            preempted = terminated.received or (
                 checkpoints is not None and checkpoints.reached_preemption(step)
             )
             end = preempted or step == steps
@@ -455,20 +469,27 @@ def fit(
                 row = meter.row(batch_size=next(iter(batch.values())).shape[0])
                 bar.set_postfix_str(f"loss {row['loss']:.4g}, {row['examples/s']:.0f} examples/s")
                 log(step, row)
-            if save_due and checkpoints is not None:
-                _check_parameters(state, step, checkpoints)
-                checkpoints.save(step, state, config)
+            if save_due:
+                _save(checkpoints, step, state, config)
             if preempted:
                 raise SystemExit(128 + signal.SIGTERM)
-            if eval_due and validate is not None:
-                numbers = validate(state.ema_params)
-                log(step, {f"validation/{name}": value for name, value in numbers.items()})
-            if eval_due and draw is not None and workdir is not None:
-                whole = _on_this_process(state.ema_params, mesh)
-                if primary:
-                    path = workdir / "samples" / f"step-{step:06d}.png"
-                    path.parent.mkdir(exist_ok=True)
-                    draw(whole, path)
+            try:
+                with terminated.interrupts():
+                    if eval_due and validate is not None:
+                        numbers = validate(state.ema_params)
+                        log(step, {f"validation/{name}": value for name, value in numbers.items()})
+                        if save_due and checkpoints is not None and "loss" in numbers:
+                            checkpoints.record_metric(step, float(numbers["loss"]))
+                    if eval_due and draw is not None and workdir is not None:
+                        whole = _on_this_process(state.ema_params, mesh)
+                        if primary:
+                            path = workdir / "samples" / f"step-{step:06d}.png"
+                            path.parent.mkdir(exist_ok=True)
+                            draw(whole, path)
+            except _Interrupted:
+                if not save_due:
+                    _save(checkpoints, step, state, config)
+                raise SystemExit(128 + signal.SIGTERM) from None
             profiler.start_before(step + 1, state)
             meter.go_on()
     return state
@@ -597,10 +618,10 @@ def _check_reports(
         import_wandb()
 
 
-def _checkpoints(workdir: Path) -> Any:
+def _checkpoints(folder: str | os.PathLike[str], batches: Batches) -> Any:
     from jaxdiff.checkpoints import Checkpoints  # which needs TrainState
 
-    return Checkpoints(workdir / "checkpoints")
+    return Checkpoints(folder, num_examples=getattr(batches, "num_examples", None))
 
 
 def _resume(state: TrainState, checkpoints: Any, mesh: Mesh | None) -> TrainState:
@@ -617,12 +638,15 @@ def _check_losses(metrics: list[dict[str, Any]], last: int, checkpoints: Any) ->
             raise NonFiniteLoss(f"the loss is {row['loss']} at step {step}; {_remedy(checkpoints)}")
 
 
-def _check_parameters(state: TrainState, step: int, checkpoints: Any) -> None:
+def _save(checkpoints: Any, step: int, state: TrainState, config: Mapping[str, Any] | None) -> None:
+    if checkpoints is None:
+        return
     if not _all_finite((state.params, state.ema_params)):
         raise NonFiniteLoss(
             f"a parameter is not finite after step {step}, though the loss still was; "
             f"{_remedy(checkpoints)}"
         )
+    checkpoints.save(step, state, config)
 
 
 def _remedy(checkpoints: Any) -> str:
@@ -643,19 +667,46 @@ def _on_this_process(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), replicate(tree, mesh))
 
 
+class _Interrupted(BaseException):
+    """SIGTERM came within `_Sigterm.interrupts`."""
+
+
+class _Sigterm:
+    """A signal handler that takes note, and ends what would take long."""
+
+    def __init__(self):
+        self.received = False
+        self._interrupts = False
+
+    def __call__(self, *_: Any) -> None:
+        self.received = True
+        if self._interrupts:
+            self._interrupts = False  # a second one must not disturb the save
+            raise _Interrupted
+
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """Raises `_Interrupted` within, as soon as SIGTERM comes."""
+        self._interrupts = True
+        try:
+            yield
+        finally:
+            self._interrupts = False
+
+
 @contextlib.contextmanager
-def _sigterm(*, listen: bool) -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process.
+def _sigterm(*, listen: bool) -> Iterator[_Sigterm]:
+    """Takes note of SIGTERM, which then does not end the process.
 
     JAX itself listens in a distributed run, and makes all processes stop at the same step.
     """
-    received = threading.Event()
+    handler = _Sigterm()
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not listen or not in_main_thread or jax.distributed.is_initialized():
-        yield received
+        yield handler
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    previous = signal.signal(signal.SIGTERM, handler)
     try:
-        yield received
+        yield handler
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)

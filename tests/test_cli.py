@@ -1,5 +1,6 @@
 """The command line: mistakes, a run from beginning to end, and what its folder is good for."""
 
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from jaxdiff.checkpoints import restore_ema
+from jaxdiff.checkpoints import Checkpoints, restore_ema
 from jaxdiff.cli import main
 from jaxdiff.experiment import load_config, load_run
 
@@ -629,6 +630,51 @@ def test_damaged_checkpoints_are_one_line_and_code_1(copied_run, small, npz, cap
     assert "damaged" in line
     words = ["train", small, "--workdir", copied_run, "--dataset", npz, "--no-progress"]
     assert "damaged" in mistake(capsys, *words, code=1)
+
+
+def test_any_kept_checkpoint_can_be_used(copied_run, small, npz, tmp_path, capsys, monkeypatch):
+    """With two of them, of which the first is the better."""
+    command(small, npz, copied_run, "--steps", "7")
+    path = copied_run / "checkpoints"
+    with Checkpoints(path) as checkpoints:
+        for step, loss in ((4, 1.0), (7, 2.0)):
+            checkpoints.record_metric(step, loss)
+    shapes = jax.eval_shape(load_run(copied_run).init, jax.random.key(0))
+    used = []
+    monkeypatch.setattr(
+        "jaxdiff.cli._draw_samples", lambda experiment, params, *_, **__: used.append(params)
+    )
+    moved = path.rename(tmp_path / "moved")
+    words = ["sample", copied_run, "--out", tmp_path / "x.png", "--checkpoint-dir", moved]
+    for which, step in (("best", 4), ("4", 4), ("last", 7)):
+        main([str(word) for word in [*words, "--checkpoint", which]])
+        assert used.pop() == restore_ema(moved, shapes, checkpoint=step)
+    for wrong in ("5", "first"):
+        line = mistake(capsys, *words, "--checkpoint", wrong)
+        assert "checkpoint must be 'last', 'best' or one of [7, 4], got" in line
+    (moved / "metrics.json").unlink()
+    line = mistake(capsys, "eval", copied_run, *words[4:], "--checkpoint", "best")
+    assert "has a validation metric" in line
+
+
+def test_data_of_another_size_are_a_mistake(small, tmp_path, capsys):
+    """The file was written anew since: with ten pictures fewer."""
+    x, y = pictures()
+    np.savez(tmp_path / "own.npz", x=x, y=y)
+    run, words = tmp_path / "run", ["--dataset", tmp_path / "own.npz", "--no-progress"]
+    command(small, tmp_path / "own.npz", run)
+    np.savez(tmp_path / "own.npz", x=x[:50], y=y[:50])
+    line = mistake(capsys, "train", small, "--workdir", run, *words, "--steps", "7")
+    assert "of a run with 48 training examples, and the data set now has 40; give another" in line
+
+
+def test_a_full_disk_is_one_line_and_code_1(small, npz, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("jaxdiff.cli.fit", full)
+    words = ["train", small, "--workdir", tmp_path / "run", "--dataset", npz, "--no-progress"]
+    assert "No space left on device; once there is" in mistake(capsys, *words, code=1)
 
 
 @pytest.mark.parametrize(

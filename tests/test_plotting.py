@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -223,3 +224,23 @@ plotting.points(numpy.zeros((3, 2)))
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_a_picture_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    """What fails half way leaves the one before, and nothing else."""
+    path = tmp_path / "grid.png"
+    x = np.zeros((2, 8, 8, 1), np.float32)
+    plotting.image_grid(x, path)
+    before = path.read_bytes()
+
+    def half(image, target, *_, **__):
+        Path(target).write_bytes(before[:20])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", half)
+    with pytest.raises(OSError, match="No space left"):
+        plotting.image_grid(x + 1, path)
+    with pytest.raises(OSError, match="No space left"):
+        plotting.points(np.zeros((3, 2)), tmp_path / "points.png")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

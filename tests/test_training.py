@@ -1,6 +1,5 @@
 """The train step against hand-written sums, and the loop against kills, damage and bad losses."""
 
-import json
 import math
 import os
 import re
@@ -8,23 +7,27 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-from jaxdiff.checkpoints import CheckpointError, Checkpoints, restore_config, restore_ema
-from jaxdiff.parallel import (
-    check_divisible,
-    data_mesh,
-    replicate,
-    shard_batch,
-    start_distributed,
+from runs import (
+    STEPS,
+    Data,
+    abstract,
+    assert_same_bits,
+    denoising_loss,
+    linear_loss,
+    network_params,
+    raw,
+    rows,
+    run,
 )
-from jaxdiff.processes.base import example_indices
+
+from jaxdiff.checkpoints import Checkpoints, restore_config
+from jaxdiff.parallel import check_divisible, data_mesh, shard_batch, start_distributed
 from jaxdiff.training import (
     NonFiniteLoss,
     fit,
@@ -37,79 +40,7 @@ from jaxdiff.training import (
 # orbax leaves the coroutines of a failed read to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-STEPS, SAVE_EVERY, KILLED_AT = 12, 3, 8
-
-
-def denoising_loss(params, key, batch):
-    """A noisy regression whose noise is keyed by the example's index in the global batch."""
-    indices, _ = example_indices(len(batch["x"]))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-    noise = jax.vmap(lambda k: jax.random.normal(k, (4,)))(keys)
-    hidden = jnp.tanh((batch["x"] + noise) @ params["w"])
-    loss = jnp.mean((hidden @ params["v"] - noise) ** 2, axis=-1)
-    return loss, {"noise": jnp.cos(indices) * noise[:, 0]}
-
-
-def linear_loss(params, key, batch):
-    """The gradient is the mean of x, whatever the parameters."""
-    return batch["x"] @ params["w"], {}
-
-
-def network_params(hidden=16):
-    rng = np.random.default_rng(0)
-    shapes = {"w": (4, hidden), "v": (hidden, 4)}
-    return {name: jnp.array(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
-
-
-class Data:
-    """Batches by number, with a note of those asked for and something to do at one of them."""
-
-    def __init__(self, size=8, at=None, do=None, note=None):
-        self.size, self.at, self.do, self.note = size, at, do, note
-        self.asked = []
-
-    def __getitem__(self, step):
-        if step == self.at:
-            self.do()
-        self.asked.append(step)
-        if self.note is not None:
-            with open(self.note, "a") as file:
-                file.write(f"{step}\n")
-        x = np.random.default_rng([7, step]).normal(size=(self.size, 4))
-        return {"x": x.astype(np.float32)}
-
-
-def run(workdir, data, steps=STEPS, objective=denoising_loss, params=None, **options):
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
-    mesh = options.get("mesh")
-    train_step = make_train_step(objective, optimizer, ema_decay=0.999, mesh=mesh)
-    params = network_params() if params is None else params
-    state = init_state(params, optimizer, jax.random.key(3), mesh=mesh)
-    options = {"save_every": SAVE_EVERY, "log_every": 2, "progress": False} | options
-    return fit(train_step, state, data, steps=steps, workdir=workdir, **options)
-
-
-def raw(state):
-    return jax.device_get(state._replace(key=jax.random.key_data(state.key)))
-
-
-def assert_same_bits(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(raw(a)), jax.tree.leaves(raw(b)), strict=True):
-        assert x.dtype == y.dtype
-        assert x.tobytes() == y.tobytes()
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def abstract(state):
-    return jax.eval_shape(lambda: state)
-
-
-def largest_file(folder):
-    return max((p for p in Path(folder).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+KILLED_AT = 8
 
 
 # The step.
@@ -551,129 +482,6 @@ def test_counts_out_of_range_are_refused(option, tmp_path):
     with pytest.raises(ValueError, match="steps must be at least 0, got -1"):
         run(tmp_path, Data(), steps=-1)
     assert not any(tmp_path.iterdir())
-
-
-# Checkpoints.
-
-
-def saved_run(folder, params=None):
-    """States of steps 1 and 2, saved; large enough to fill a file of their own."""
-    optimizer = optax.adam(1e-2)
-    train_step = make_train_step(denoising_loss, optimizer, ema_decay=0.9)
-    state = init_state(params or network_params(1024), optimizer, jax.random.key(0))
-    states = []
-    with Checkpoints(folder) as checkpoints:
-        for step in (1, 2):
-            state, _ = train_step(state, Data()[step])
-            checkpoints.save(step, state, {"step": step})
-            states.append(jax.tree.map(jnp.copy, state))
-    return states
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip_byte(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("item", "damage"),
-    [("params", truncate), ("opt", flip_byte), ("params", flip_byte), ("ema", Path.unlink)],
-)
-def test_a_damaged_checkpoint_is_passed_over_and_its_step_saved_anew(tmp_path, item, damage):
-    first, second = saved_run(tmp_path)
-    damage(largest_file(tmp_path / "2" / item))
-    with Checkpoints(tmp_path) as checkpoints:
-        with pytest.warns(RuntimeWarning, match=r"checkpoint 2 .* is damaged .*going back to 1"):
-            restored = checkpoints.restore_latest(abstract(first))
-        assert_same_bits(restored, first)
-        assert checkpoints.latest_step() == 1
-        checkpoints.save(2, second)
-        checkpoints.wait()
-        assert_same_bits(checkpoints.restore_latest(abstract(first)), second)
-    assert (tmp_path / "damaged-2").is_dir()
-
-
-def test_a_flipped_byte_is_caught_by_nothing_but_the_checksum(tmp_path):
-    saved_run(tmp_path)
-    flip_byte(largest_file(tmp_path / "2" / "ema"))
-    shapes = jax.eval_shape(lambda: network_params(1024))
-    with pytest.warns(RuntimeWarning, match=r"checksum mismatch in ema\['[vw]'\]"):
-        restore_ema(tmp_path, shapes)
-
-
-@pytest.mark.devices(4)
-def test_ema_is_restored_alone_and_the_folder_left_as_it_was(tmp_path):
-    first, second = saved_run(tmp_path)
-    shapes = jax.eval_shape(lambda: network_params(1024))
-    ema = restore_ema(tmp_path, shapes)
-    np.testing.assert_array_equal(ema["w"], second.ema_params["w"])
-    assert (ema["w"] != second.params["w"]).any()
-    truncate(largest_file(tmp_path / "2" / "ema"))
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.warns(RuntimeWarning, match="going back to 1"):
-        ema = restore_ema(tmp_path, replicated_shapes := on_mesh(shapes))
-    np.testing.assert_array_equal(ema["w"], first.ema_params["w"])
-    assert ema["w"].sharding == replicated_shapes["w"].sharding
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def on_mesh(shapes):
-    sharding = replicate(jnp.zeros(()), data_mesh()).sharding
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
-
-
-def test_another_models_checkpoints_are_an_error_and_not_a_fresh_start(tmp_path):
-    saved_run(tmp_path)
-    other = init_state(network_params(8), optax.adam(1e-2), jax.random.key(0))
-    with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(CheckpointError, match="damaged or of another model"):
-            checkpoints.restore_latest(abstract(other))
-        assert checkpoints.latest_step() == 2
-    with pytest.raises(CheckpointError, match="damaged or of another model"):
-        restore_ema(tmp_path, abstract(other.params))
-
-
-@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
-def test_a_state_without_optimizer_leaves_and_either_kind_of_key_round_trip(tmp_path, make_key):
-    state = init_state(network_params(), optax.sgd(0.1), make_key(11))
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state)
-        checkpoints.wait()
-        restored = checkpoints.restore_latest(abstract(state))
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    draw = jax.random.normal(restored.key, (3,))
-    np.testing.assert_array_equal(draw, jax.random.normal(make_key(11), (3,)))
-    np.testing.assert_array_equal(restored.params["w"], state.params["w"])
-
-
-def test_the_last_few_are_kept_and_half_written_ones_swept_away(tmp_path):
-    state = init_state(network_params(), optax.sgd(0.1), jax.random.key(0))
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        for step in (1, 2, 3):
-            checkpoints.save(step, state)
-        with pytest.raises(ValueError, match="step must be newer than 3, got 3"):
-            checkpoints.save(3, state)
-    (tmp_path / "3").rename(tmp_path / "3.orbax-checkpoint-tmp")  # as a kill leaves it
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest_step() == 2
-        checkpoints.save(4, state)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0].isdigit()) == ["2", "4"]
-
-
-def test_a_folder_without_checkpoints_is_refused_and_left_alone(tmp_path):
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match="path must hold a checkpoint"):
-            restore_ema(path, {})
-        with pytest.raises(ValueError, match="path must hold a checkpoint"):
-            restore_config(path)
-    assert not any(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        Checkpoints(tmp_path, keep=0)
 
 
 def killed(workdir, note):

@@ -1,0 +1,278 @@
+"""Runs that end before they are done: a second start goes on as if nothing had been."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from runs import (
+    SAVE_EVERY,
+    STEPS,
+    Data,
+    abstract,
+    assert_same_bits,
+    largest_file,
+    network_params,
+    raw,
+    run,
+)
+
+from jaxdiff.checkpoints import (
+    CheckpointError,
+    CheckpointMismatch,
+    Checkpoints,
+    restore_ema,
+)
+from jaxdiff.parallel import data_mesh, start_distributed
+from jaxdiff.training import init_state
+
+HEARTBEAT = 10
+"""Seconds that a silent process counts as alive; the least that JAX takes well."""
+OPTIONS = [{}]
+"""Of the train step."""
+
+
+def assert_close(a, b):
+    for x, y in zip(jax.tree.leaves(raw(a)), jax.tree.leaves(raw(b)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+# Going on
+
+
+@pytest.fixture(scope="module", params=OPTIONS, ids=str)
+def straight(request):
+    """The options of the train step, and the state after a run without a break."""
+    return request.param, run(None, Data(), **request.param)
+
+
+@pytest.mark.parametrize("point", range(1, STEPS))
+def test_a_run_goes_on_to_the_same_bits_from_every_step(straight, point, tmp_path):
+    options, whole = straight
+    half = run(tmp_path, Data(), steps=point, **options)
+    assert int(half.step) == point
+    data = Data()
+    assert_same_bits(run(tmp_path, data, **options), whole)
+    assert data.asked == list(range(point, STEPS))
+
+
+@pytest.mark.devices(4)
+@pytest.mark.parametrize("point", range(SAVE_EVERY, STEPS, SAVE_EVERY))
+def test_a_run_goes_on_to_the_same_numbers_on_other_devices(straight, point, tmp_path):
+    options, whole = straight
+    meshes = {"four": data_mesh(), "two": data_mesh(jax.devices()[:2]), "one": None}
+    for first, then in (("four", "one"), ("one", "four"), ("four", "two")):
+        folder = tmp_path / f"{first}-{then}"
+        run(folder, Data(), steps=point, mesh=meshes[first], **options)
+        resumed = run(folder, Data(), mesh=meshes[then], **options)
+        assert resumed.params["w"].sharding.num_devices == {"four": 4, "two": 2, "one": 1}[then]
+        assert_close(resumed, whole)
+
+
+# What a run says of its checkpoints
+
+
+def test_the_best_is_by_the_validation_of_its_own_step(tmp_path):
+    """Validated at 2, 4, …, 12 and saved at 3, 6, 9, 12: told apart only at 6 and 12."""
+    losses = {2: -9.0, 4: -9.0, 6: 1.0, 8: -9.0, 10: -9.0, 12: 2.0}
+    order, averages = iter(losses.values()), {}
+
+    def validate(params):
+        averages[len(averages)] = jax.device_get(params)
+        return {"loss": next(order)}
+
+    run(tmp_path, Data(), validate=validate, eval_every=2)
+    shapes = jax.eval_shape(network_params)
+    for which, seen in {"best": 2, "last": 5, 6: 2, 12: 5}.items():
+        ema = restore_ema(tmp_path / "checkpoints", shapes, checkpoint=which)
+        np.testing.assert_array_equal(ema["w"], averages[seen]["w"])
+
+
+def test_checkpoints_may_lie_elsewhere(tmp_path):
+    whole = run(tmp_path / "run", Data(), checkpoint_dir=tmp_path / "store")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    again = Data()
+    assert_same_bits(run(tmp_path / "new", again, checkpoint_dir=tmp_path / "store"), whole)
+    assert again.asked == []
+
+
+class Counted(Data):
+    def __init__(self, num_examples):
+        super().__init__()
+        self.num_examples = num_examples
+
+
+def test_data_that_changed_their_size_are_refused(tmp_path):
+    run(tmp_path, Counted(80), steps=6)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        CheckpointMismatch, match="80 training examples, and the data set now has 8"
+    ):
+        run(tmp_path, Counted(81))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert int(run(tmp_path, Counted(80)).step) == STEPS
+
+
+# Faults
+
+
+@pytest.mark.parametrize("due", [6, 7])
+def test_sigterm_breaks_off_an_evaluation(tmp_path, due):
+    """The step is saved, whether it was due or not, and no second signal disturbs that."""
+
+    def endless(params):
+        signal.raise_signal(signal.SIGTERM)
+        while True:
+            time.sleep(0.01)
+
+    data = Data()
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, data, validate=endless, eval_every=due)
+    assert stopped.value.code == 143
+    assert len(data.asked) == due
+    again = Data()
+    assert_same_bits(run(tmp_path, again), run(None, Data()))
+    assert again.asked == list(range(due, STEPS))
+
+
+def test_a_full_disk_is_one_error_and_spoils_nothing(tmp_path):
+    """No file may outgrow half of the parameters': the save fails behind the loop's back."""
+    params = network_params(4096)
+    half_way = run(tmp_path, Data(), steps=3, params=params)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=f"cannot be written to {tmp_path}"):
+            run(tmp_path, Data(), params=params)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert_same_bits(checkpoints.restore_latest(abstract(half_way)), half_way)
+    again = Data()
+    assert_same_bits(run(tmp_path, again, params=params), run(None, Data(), params=params))
+    assert again.asked == list(range(3, STEPS))
+
+
+class Slow(Data):
+    """This process's part of slow batches."""
+
+    def __getitem__(self, step):
+        time.sleep(0.1)
+        part = self.size // jax.process_count()
+        first = jax.process_index() * part
+        return {"x": super().__getitem__(step)["x"][first : first + part]}
+
+
+@contextlib.contextmanager
+def two_processes(task, folder):
+    """They do a task of this file together; what they say goes to the folder's log."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    with (folder / "log").open("w") as log:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, task, port, str(index), str(folder / "run")],
+                env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
+                stderr=log,
+            )
+            for index in (0, 1)
+        ]
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two processes that train together, and have saved a checkpoint."""
+    with two_processes("train", tmp_path) as processes:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run").glob("checkpoints/[0-9]")):
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            assert all(p.poll() is None for p in processes), (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        yield processes
+
+
+def newest(folder):
+    return max(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_sigterm_to_one_of_two_processes_saves_and_stops_both(pair, tmp_path):
+    pair[1].send_signal(signal.SIGTERM)
+    codes = [process.wait(timeout=60) for process in pair]
+    assert codes == [143, 143], (tmp_path / "log").read_text()
+    reached = newest(tmp_path / "run")
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == reached  # the step that both agreed on, and none was lost
+    again = Data()
+    assert_close(
+        run(tmp_path / "run", again, steps=reached + 3), run(None, Data(), steps=reached + 3)
+    )
+    assert again.asked == list(range(reached, reached + 3))
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["coordinator", "worker"])
+def test_the_death_of_one_process_ends_the_other(victim, pair, tmp_path):
+    pair[victim].kill()
+    killed = time.monotonic()
+    assert pair[1 - victim].wait(timeout=60) != 0
+    assert time.monotonic() - killed < HEARTBEAT + 5
+    reached = newest(tmp_path / "run")
+    again = Data()
+    assert_close(
+        run(tmp_path / "run", again, steps=reached + 3), run(None, Data(), steps=reached + 3)
+    )
+    assert again.asked == list(range(reached, reached + 3))
+
+
+def test_what_one_process_cannot_read_both_pass_over(tmp_path):
+    """A state that is split over them; alone, the one would wait for the other for ever."""
+    with two_processes("damage", tmp_path) as processes:
+        codes = [process.wait(timeout=90) for process in processes]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "damaged-2"]
+
+
+def damage(folder):
+    mesh = data_mesh()
+    state = init_state(network_params(1024), optax.sgd(0.1), jax.random.key(0), mesh=mesh)
+    split = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P("data")))
+    state = state._replace(params=split(state.params))
+    with Checkpoints(folder) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state._replace(step=state.step + step))
+        checkpoints.wait()
+        if jax.process_index() == 0:
+            path = largest_file(folder / "2" / "params" / "ocdbt.process_1")
+            os.truncate(path, path.stat().st_size // 2)
+        multihost_utils.sync_global_devices("damaged")
+        restored = checkpoints.restore_latest(state)
+        assert int(restored.step.addressable_data(0)) == 1
+
+
+def train(folder):
+    run(folder, Slow(), steps=10_000, mesh=data_mesh())
+
+
+if __name__ == "__main__":
+    task, port, index, folder = sys.argv[1:]
+    start_distributed(f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=HEARTBEAT)
+    {"train": train, "damage": damage}[task](Path(folder))
