@@ -52,7 +52,7 @@ from jaxdiff.samplers.dpm_solver_plus import DPMSolverPP
 from jaxdiff.samplers.heun import Heun
 from jaxdiff.solve import probability_flow, reverse_sde
 from jaxdiff.training import Batches, NonFiniteLoss, fit, init_state, make_train_step
-from jaxdiff.typing import Array, Params
+from jaxdiff.typing import Params
 
 __all__ = ["main"]
 
@@ -463,20 +463,30 @@ def _evaluate_run(
     print(f"wrote {path}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _SampleOptions(_Options):
-    """Samples from a trained run into a picture."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _RunOptions(_Options):
+    """Those of every command on a trained run."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    num: int = 64
-    """How many samples."""
-    out: Path = Path("samples.png")
-    """Picture to write."""
     checkpoint: str = "last"
     """last, best by the validation loss, or a step."""
     checkpoint_dir: str | None = None
     """Folder of the checkpoints, if not in RUN."""
+
+    def parameters(self, experiment: Experiment) -> Params:
+        """The averaged parameters of the checkpoint."""
+        return _parameters(experiment, self.run, self.checkpoint_dir, self.checkpoint)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _SampleOptions(_RunOptions):
+    """Samples from a trained run into a picture."""
+
+    num: int = 64
+    """How many samples."""
+    out: Path = Path("samples.png")
+    """Picture to write."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -492,26 +502,20 @@ def _sample(words: Sequence[str]) -> None:
         if not options.out.absolute().parent.is_dir():
             raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}.")
         experiment = load_run(options.run)
-    params = _parameters(experiment, options.run, options.checkpoint_dir, options.checkpoint)
+    params = options.parameters(experiment)
     mesh = data_mesh() if jax.device_count() > 1 else None
     _draw_samples(experiment, params, options.out, num=options.num, seed=options.seed, mesh=mesh)
 
 
-@dataclasses.dataclass(frozen=True)
-class _EvaluateOptions(_Options):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _EvaluateOptions(_RunOptions):
     """Evaluates a trained run: eval.json, a row an example in likelihood_SPLIT.csv, and pictures.
 
     The same call goes on with rows that were interrupted.
     """
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
     split: str = "test"
     """train, validation or test; of the first two the likelihood only, into eval_SPLIT.json."""
-    checkpoint: str = "last"
-    """last, best by the validation loss, or a step."""
-    checkpoint_dir: str | None = None
-    """Folder of the checkpoints, if not in RUN."""
     seed: int = 0
     """Seed of noise and probes."""
     progress: bool = True
@@ -530,7 +534,7 @@ def _evaluate(words: Sequence[str]) -> None:
         experiment.batches()  # the data are there, and of the run's shape
         if options.split != "test" and experiment.likelihood is None:
             raise ValueError(f"--split {options.split}: RUN {options.run} has no likelihood.")
-    params = _parameters(experiment, options.run, options.checkpoint_dir, options.checkpoint)
+    params = options.parameters(experiment)
     _evaluate_run(
         experiment,
         params,
@@ -542,12 +546,10 @@ def _evaluate(words: Sequence[str]) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _ExportOptions(_Options):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ExportOptions(_RunOptions):
     """Writes the sampler of a trained run, or its likelihood, as a program that needs JAX alone."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
     out: Path
     """File to write."""
     sampler: str = "run"
@@ -567,7 +569,7 @@ def _export(words: Sequence[str]) -> None:
         if options.sampler != "run":
             sampler = functools.partial(_sampler, options.sampler, options.steps or 100)
             experiment = sampled_by(experiment, sampler)
-    params = _parameters(experiment, options.run)
+    params = options.parameters(experiment)
     with _mistakes():
         export = export_likelihood if options.likelihood else export_sampler
         program = export(experiment, params)
@@ -594,7 +596,7 @@ def _check_export(options: _ExportOptions) -> None:
         raise ValueError(f"--out must be a file in a folder that exists, got {options.out}.")
 
 
-def _sampler(name: str, steps: int, process: Any) -> Callable[..., Array]:
+def _sampler(name: str, steps: int, process: Any) -> Callable[..., Any]:
     """(denoise, keys, x) ↦ samples."""
     if name == "probability_flow":
         return lambda denoise, keys, x: probability_flow(

@@ -42,6 +42,7 @@ class Likelihood:
         sweeps: option of `estimate` ↦ values of it: how accurate it is shown to be. One that has
             "tolerance" solves an equation, and also takes `per_example=True`.
         size: examples at a time.
+        example: shapes and dtypes of one example, if they are known without the data.
     """
 
     examples: Callable[[str, Key], Any]
@@ -50,6 +51,7 @@ class Likelihood:
     further: Callable[[Any, Any], dict[str, Any]] | None = None
     sweeps: Mapping[str, Sequence[float | int]] = dataclasses.field(default_factory=dict)
     size: int = 256
+    example: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

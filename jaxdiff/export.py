@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.checkpoints import restore_ema
 from jaxdiff.data_likelihood import in_chunks
 from jaxdiff.experiment import Experiment, load_run
-from jaxdiff.parallel import data_mesh, per_shard
+from jaxdiff.parallel import data_mesh, per_shard, replicate
 from jaxdiff.processes.base import Denoiser
 from jaxdiff.typing import Array, Key, Params
 
@@ -51,7 +52,13 @@ Sampler = Callable[[Any], Callable[[Denoiser, Key, Array], Array]]
 _OUTPUTS = ("value", "stderr", "solver_error", "num_evaluations", "converged")
 
 
-def load_sampler(run: str | os.PathLike[str], *, size: int = 256) -> Callable[..., Array]:
+def load_sampler(
+    run: str | os.PathLike[str],
+    *,
+    checkpoint: str | int = "last",
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    size: int = 256,
+) -> Callable[..., Array]:
     """The sampler of a trained run, with its averaged parameters: sample(key, n, cond=None).
 
     Sample i has the key fold_in(key, i): it is the same whatever n, and up to rounding whatever the
@@ -63,6 +70,8 @@ def load_sampler(run: str | os.PathLike[str], *, size: int = 256) -> Callable[..
 
     Args:
         run: folder of the run.
+        checkpoint: "last", "best" by the validation loss, or a step.
+        checkpoint_dir: folder of the checkpoints, if not in the run's.
         size: samples at a time on each device, ≥ 1.
 
     Returns:
@@ -71,27 +80,30 @@ def load_sampler(run: str | os.PathLike[str], *, size: int = 256) -> Callable[..
 
     Raises:
         ValueError: if there is no run with a checkpoint, its config offers no sampler, or size < 1.
-        CheckpointError: if all checkpoints are damaged or of another model.
+        CheckpointMismatch: if the checkpoint is of another model.
+        CheckpointError: if all checkpoints are damaged.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}.")
     folder = Path(run)
     experiment = load_run(folder)
     draw, devices = _labelled(experiment), jax.local_devices()
-    params = restore_ema(folder / "checkpoints", jax.eval_shape(experiment.init, jax.random.key(0)))
+    abstract = jax.eval_shape(experiment.init, jax.random.key(0))
+    saved = folder / "checkpoints" if checkpoint_dir is None else checkpoint_dir
+    params = restore_ema(saved, abstract, checkpoint=checkpoint)
 
     @functools.cache
     def over(count: int) -> Callable[..., Array]:
-        return per_shard(draw, data_mesh(devices[:count]))
+        mesh = data_mesh(devices[:count])
+        return functools.partial(per_shard(draw, mesh), replicate(params, mesh))
 
     def sample(key: Key, n: int, cond: Any = None) -> Array:
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}.")
         labels = () if cond is None else (_labels(cond, n, experiment.num_classes),)
         count = min(n, len(devices))
-        at_a_time = min(n // count, size) * count
-        run = functools.partial(over(count), params)
-        return jnp.concatenate(in_chunks(run, key, n, *labels, size=at_a_time))
+        at_a_time = count * min(size, n // count)
+        return jnp.concatenate(in_chunks(over(count), key, n, *labels, size=at_a_time))
 
     return sample
 
@@ -145,7 +157,7 @@ def export_sampler(experiment: Experiment, params: Params) -> jax.export.Exporte
     def one(key, *label):
         return draw(params, key[None], *(a[None] for a in label))[0]
 
-    label = () if experiment.num_classes is None else (jax.ShapeDtypeStruct((1,), jnp.int32),)
+    label = () if experiment.num_classes is None else (jax.ShapeDtypeStruct((), jnp.int32),)
     return _exported(one, *label)
 
 
@@ -164,7 +176,8 @@ def export_likelihood(experiment: Experiment, params: Params) -> jax.export.Expo
         "converged".
 
     Raises:
-        ValueError: if the run has no likelihood, or its data set cannot be read.
+        ValueError: if the run has no likelihood, or the shape of its data is not known without them
+            and they cannot be read.
     """
     likelihood = experiment.likelihood
     if likelihood is None:
@@ -176,8 +189,11 @@ def export_likelihood(experiment: Experiment, params: Params) -> jax.export.Expo
         bits = {} if likelihood.bits is None else {"bits_per_dim": likelihood.bits(-told["value"])}
         return told | bits
 
-    examples = functools.partial(likelihood.examples, "test")
-    return _exported(one, jax.eval_shape(examples, jax.random.key(0)))
+    example = likelihood.example
+    if example is None:
+        examples = jax.eval_shape(functools.partial(likelihood.examples, "test"), jax.random.key(0))
+        example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), examples)
+    return _exported(one, example)
 
 
 def save_program(program: jax.export.Exported, path: Path) -> None:
@@ -188,13 +204,13 @@ def save_program(program: jax.export.Exported, path: Path) -> None:
 
 
 def _labelled(experiment: Experiment) -> Callable[..., Array]:
-    """(params, keys [n], labels [n] or nothing) ↦ samples [n, …]."""
+    """(params, keys [n], labels [n] or none) ↦ samples [n, …], of whatever run."""
     sampler = experiment.sampler
     if sampler is None:
         raise ValueError("the run's config offers no `sampler` in its Experiment.")
 
-    def draw(params, keys, *label):
-        return sampler(params, keys, **dict(zip(("label",), label, strict=False)))
+    def draw(params, keys, label=None):
+        return sampler(params, keys, **({} if label is None else {"label": label}))
 
     return draw
 
@@ -211,25 +227,21 @@ def _labels(cond: Any, n: int, classes: int | None) -> Array:
     return jnp.broadcast_to(jnp.asarray(labels, jnp.int32), (n,))
 
 
-def _exported(one: Callable[..., Any], *examples: Any) -> jax.export.Exported:
+def _exported(one: Callable[..., Any], *example: Any) -> jax.export.Exported:
     """The program of (keys [n, 2], *examples [n, …]) from that of one key and example."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise ValueError("flatbuffers is missing: pip install 'jaxdiff[export]'.")
     (n,) = jax.export.symbolic_shape("n")
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    many = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), (key, *example))
 
     @jax.jit
     def program(keys, *examples):
         return jax.vmap(one)(jax.random.wrap_key_data(keys, impl="threefry2x32"), *examples)
 
-    def open_number(a):
-        return jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)
-
-    keys = jax.ShapeDtypeStruct((n, 2), jnp.uint32)
     try:
-        return jax.export.export(program, platforms=PLATFORMS)(
-            keys, *jax.tree.map(open_number, examples)
-        )
+        return jax.export.export(program, platforms=PLATFORMS)(*many)
     except NotImplementedError as error:
-        raise ValueError(
-            "the program calls the host: give throw=False to what it solves."
-        ) from error
+        if "callback" not in str(error):
+            raise
+        raise ValueError("the program calls the host: solve with throw=False.") from error

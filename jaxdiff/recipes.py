@@ -466,6 +466,7 @@ def image_experiment(
             bits=bits,
             further=entries,
             sweeps=sweeps or {},
+            example=jax.ShapeDtypeStruct(config.shape, jnp.result_type(int)),
         ),
         draw=plotting.image_grid,
         draw_trajectory=plotting.trajectory_grid,

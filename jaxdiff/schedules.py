@@ -101,7 +101,8 @@ def time_of_log_snr(schedule: Schedule, value: Float[Array, ""]) -> Time:
     inside = (value > low) & (value < high)
     solution = optimistix.root_find(
         lambda t, _: jnp.where(inside, excess(t, None), t - 0.5),
-        optimistix.Bisection(rtol=1e-7, atol=1e-12),
+        # It rises: said here, since else two more values are computed and checked on the host.
+        optimistix.Bisection(rtol=1e-7, atol=1e-12, flip=False),
         0.5 * jnp.ones_like(value),
         options={"lower": jnp.zeros_like(value), "upper": jnp.ones_like(value)},
         max_steps=64,
