@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxdiff.parallel import check_divisible, replicate, shard_batch
+from jaxdiff.prefetch import Prefetch
 from jaxdiff.typing import Batch, Key, Metrics, Objective, Params
 
 __all__ = [
@@ -285,7 +286,9 @@ def fit(
     Args:
         train_step: from `make_train_step`.
         state: from `init_state`; it is donated.
-        batches: `batches[i]` gives this process's part of batch i as numpy arrays.
+        batches: `batches[i]` gives this process's part of batch i as numpy arrays. It is called by
+            one thread, in order, while earlier steps run; an error is raised when its step is due.
+            If it has a `close()`, like `Stream`, that is called at the end.
         steps: updates in the whole run, ≥ 0. If there are as many already, nothing is done.
         workdir: the run's folder; None keeps nothing on disk.
         config: values for JSON, saved with each checkpoint.
@@ -321,10 +324,10 @@ def fit(
         bar = stack.enter_context(_progress_bar(start, steps, show=progress and primary))
         terminated = stack.enter_context(_sigterm(listen=checkpoints is not None))
 
+        ahead = stack.enter_context(_ahead(batches, range(start, steps), mesh))
         meter = _Meter()
         for step in range(start + 1, steps + 1):
-            batch = batches[step - 1]
-            batch = batch if mesh is None else shard_batch(batch, mesh)
+            batch = next(ahead)
             state, metrics = train_step(state, batch)
             meter.add(metrics)
             bar.update()
@@ -463,6 +466,19 @@ def _checkpoints(workdir: Path) -> Any:
     from jaxdiff.checkpoints import Checkpoints  # which needs TrainState
 
     return Checkpoints(workdir / "checkpoints")
+
+
+@contextlib.contextmanager
+def _ahead(batches: Batches, steps: range, mesh: Mesh | None) -> Iterator[Iterator[Batch]]:
+    """The batches of the steps on the device, fetched while the steps before them run."""
+
+    def fetch(step: int) -> Batch:
+        batch = batches[step]
+        return jax.device_put(batch) if mesh is None else shard_batch(batch, mesh)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(getattr(batches, "close", lambda: None))
+        yield stack.enter_context(Prefetch(fetch, steps))
 
 
 def _resume(state: TrainState, checkpoints: Any, mesh: Mesh | None) -> TrainState:

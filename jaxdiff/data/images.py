@@ -295,7 +295,7 @@ def _tfds_sources(
 
 def _read_records(records: Any, folder: str, places: np.ndarray) -> dict[str, np.ndarray]:
     try:
-        examples = records.__getitems__(places.tolist())
+        examples = [records[place] for place in places.tolist()]
     except Exception as error:  # whatever reading, parsing and decoding happen to meet
         raise ValueError(f"dataset: cannot read the records in '{folder}'") from error
     found = {"x": np.stack([example["image"] for example in examples])}
@@ -501,9 +501,9 @@ def _folder_sources(root: Path) -> Callable[[str], ImageSource]:
 
 
 def _read_files(
-    paths: Sequence[str], label: np.ndarray, shape: tuple[int, int, int], places: np.ndarray
+    paths: list[str], label: np.ndarray, shape: tuple[int, int, int], places: np.ndarray
 ) -> dict[str, np.ndarray]:
-    x = np.stack([_read_image(paths[i], shape) for i in places])
+    x = np.stack([_read_image(paths[i], shape) for i in places.tolist()])
     return {"x": x, "label": label[places]}
 
 

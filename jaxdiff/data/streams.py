@@ -12,7 +12,6 @@ Steps that are asked for one after the other are served by grain, whose threads 
 then some batches ahead; any other step is made on the spot.
 """
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -85,13 +84,17 @@ class Stream:
             self._ahead = _in_turn(pipelines)
             self._end = weakref.finalize(self, _close, self._ahead, pipelines)
         try:
-            return next(self._ahead)
+            batch = next(self._ahead)
         except BaseException:
             self.close()
             raise
+        if not self._workers:
+            return batch
+        # A worker's batch lies in shared memory, which is short, until no one has it any more.
+        return {name: np.array(array) for name, array in batch.items()}
 
 
-def _pipelines(batches: Batches, step: int, workers: int, threads: int) -> list[Any]:
+def _pipelines(batches: Any, step: int, workers: int, threads: int) -> list[Any]:
     """Iterators over batches from `step` on; of n workers, each has one of every n-th batch."""
     import grain
     from absl import flags
@@ -111,7 +114,7 @@ def _pipelines(batches: Batches, step: int, workers: int, threads: int) -> list[
     ]
 
 
-def _in_turn(pipelines: Sequence[Any]) -> Iterator[Mapping[str, np.ndarray]]:
+def _in_turn(pipelines: Sequence[Any]) -> Iterator[Any]:
     with ThreadPoolExecutor(len(pipelines)) as pool:  # they start together
         yield from pool.map(next, pipelines)
     while True:
