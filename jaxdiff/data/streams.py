@@ -19,13 +19,24 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxdiff.data.batches import Batches
+__all__ = ["Numbered", "Stream"]
 
-__all__ = ["Stream"]
+
+@runtime_checkable
+class Numbered(Protocol):
+    """Batches by number, such as `Batches`."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, step: int, /) -> Mapping[str, Any]:
+        """The batch of a step: named arrays."""
+        ...
 
 
 class Stream:
@@ -45,7 +56,7 @@ class Stream:
         ValueError: if a number is out of range.
     """
 
-    def __init__(self, batches: Batches, *, workers: int = 0, threads: int | None = None):
+    def __init__(self, batches: Numbered, *, workers: int = 0, threads: int | None = None):
         threads = min(os.cpu_count() or 1, 8) if threads is None else threads
         for name, value, least in (("workers", workers, 0), ("threads", threads, 1)):
             if value < least:
