@@ -429,7 +429,7 @@ def image_experiment(
                 f"levels, not of {config.shape} with {config.levels}."
             )
         for split in ("validation", "test"):
-            if len(images.source(split)) < 2:
+            if len(images(split).x) < 2:
                 raise ValueError(f"dataset {config.dataset} has too few images for its {split}.")
         if num_classes is not None and not 0 < train.num_classes <= num_classes:
             raise ValueError(

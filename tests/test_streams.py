@@ -115,6 +115,7 @@ def test_worker_processes_make_the_same_batches_and_name_a_broken_image(tmp_path
     assert len(multiprocessing.active_children()) == 2
     for batch, step in zip(batches, steps, strict=False):
         assert_equal(batch, step)
+        assert {type(array) for array in batch.values()} == {np.ndarray}  # of no shared memory
     with pytest.raises(ValueError, match=f"cannot read the image '{path}'"):
         stream[bad]
     assert not multiprocessing.active_children()
@@ -280,10 +281,10 @@ def test_a_run_streams_the_same_batches_and_reads_no_more_than_it_judges(folder,
     make = load_config(DIGITS)
     options = {"dataset": str(folder), "batch_size": 8, "eval_images": 4}
     memory = make.experiment(make.Config(**options)).batches()
-    whole = len(read)
+    assert len(read) == 50
     experiment = make.experiment(make.Config(**options, stream=True))
     stream = experiment.batches()
-    assert len(read) == whole == 40
+    assert len(read) == 50 + 5 + 5  # those of validation and test
     assert_equal(stream[3], memory[3])
     assert stream[3].keys() == {"x"}
     _, splits, shape, levels = open_images(experiment.config)
