@@ -25,7 +25,11 @@ import optax
 
 from jaxdiff.typing import Array, Key, Objective, Params
 
-__all__ = ["Experiment", "Likelihood", "load_config", "load_run", "save_run"]
+__all__ = ["FREE", "Experiment", "Likelihood", "load_config", "load_run", "save_run"]
+
+FREE = {"free": True}
+"""Metadata of a config's field that changes how a run is computed and not what: a run may go on
+with another value."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,8 +172,9 @@ def save_run(folder: Path, source: Path, config: Any) -> None:
                 f"--workdir {folder} holds a run with steps={previous['steps']}; "
                 f"steps cannot shrink to {values['steps']}."
             )
-        for name in sorted(values.keys() | previous.keys()):
-            if name != "steps" and values.get(name) != previous.get(name):
+        free = {"steps"} | {f.name for f in dataclasses.fields(config) if f.metadata == FREE}
+        for name in sorted((values.keys() | previous.keys()) - free):
+            if values.get(name) != previous.get(name):
                 raise ValueError(
                     f"--workdir {folder} holds a run with {name}={previous.get(name)!r}, "
                     f"not {values.get(name)!r}; give another folder, or that value."

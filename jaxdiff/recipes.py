@@ -14,7 +14,7 @@ A config of your own may use them, or not.
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +25,11 @@ import tyro
 
 from jaxdiff import evaluation, grids, metrics, networks, plotting, trace
 from jaxdiff.data.batches import Batches, FreshBatches
-from jaxdiff.data.images import Images, dequantize, load_images, to_model
+from jaxdiff.data.images import Images, ImageSource, dequantize, image_sources, to_model
+from jaxdiff.data.streams import Stream
 from jaxdiff.data.toys import TOYS, Toy
 from jaxdiff.data_likelihood import in_chunks
-from jaxdiff.experiment import Experiment, Likelihood
+from jaxdiff.experiment import FREE, Experiment, Likelihood
 from jaxdiff.likelihood import log_likelihood
 from jaxdiff.objectives import vdm
 from jaxdiff.parallel import per_shard, to_host
@@ -71,8 +72,22 @@ Run = Callable[..., Array]
 Place = Callable[[Key, Array], Array]
 """(keys [n], grey levels [n, h, w, c]) ↦ x_0 [n, …]."""
 
-Splits = Callable[[str], Images]
-"""Name of a split ↦ its images, loaded once."""
+
+class Splits:
+    """The splits of a data set: name ↦ the images in memory, loaded once.
+
+    Args:
+        source: name ↦ all images, decoded when they are asked for.
+        most: how many of a split are loaded, the first ones; all if None.
+    """
+
+    def __init__(self, source: Callable[[str], ImageSource], most: int | None = None):
+        self.source = functools.cache(source)
+        self._load = functools.cache(lambda split: self.source(split).load(most))
+
+    def __call__(self, split: str) -> Images:
+        """The images of a split, at most `most`."""
+        return self._load(split)
 
 
 @dataclass(frozen=True)
@@ -244,6 +259,11 @@ class ImageOptions:
     """Height, width and channels: read off the data set, and kept with the run."""
     levels: tyro.conf.Suppress[int | None] = None
     """Number of grey levels: read off the data set, and kept with the run."""
+    stream: bool = field(default=False, metadata=FREE)
+    """Decode training images while the model trains, instead of all of them before: for a set that
+    does not fit into memory."""
+    workers: int = field(default=0, metadata=FREE)
+    """Processes that decode a stream; 0 for threads."""
     flip: bool = False
     """Mirror every other training image, left to right, at random."""
     eval_samples: int = 447
@@ -309,14 +329,17 @@ def open_images(config: Config) -> tuple[Config, Splits, tuple[int, int, int], i
     """
     at_least(1, config, "eval_samples")
     at_least(2, config, "eval_images")
+    at_least(0, config, "workers")
     dataset = config.dataset
     if Path(dataset).exists() and dataset != "digits":
         dataset = str(Path(dataset).resolve())
-    images = functools.cache(functools.partial(load_images, dataset))
+    opened = functools.cache(lambda: image_sources(dataset))
+    judged = max(evaluation.MOST, config.eval_images)
+    images = Splits(lambda split: opened()(split), judged if config.stream else None)
     shape, levels = config.shape, config.levels
     if shape is None or levels is None:
-        train = images("train")
-        shape, levels = train.x.shape[1:], train.levels
+        train = images.source("train")
+        shape, levels = train.shape, train.levels
     return replace(config, dataset=dataset, shape=shape, levels=levels), images, shape, levels
 
 
@@ -404,33 +427,36 @@ def image_experiment(
         return jnp.asarray(images(split).x[: config.eval_images], int)
 
     def batches():
-        train = images("train")
-        if train.x.shape[1:] != config.shape or train.levels != config.levels:
+        train = images.source("train")
+        if train.shape != config.shape or train.levels != config.levels:
             raise ValueError(
-                f"dataset {config.dataset} has images of {train.x.shape[1:]} with {train.levels} "
+                f"dataset {config.dataset} has images of {train.shape} with {train.levels} "
                 f"levels, not of {config.shape} with {config.levels}."
             )
         for split in ("validation", "test"):
             if len(images(split).x) < 2:
                 raise ValueError(f"dataset {config.dataset} has too few images for its {split}.")
-        return Batches(given(train), config.batch_size, seed=config.seed)
-
-    def given(split: Images) -> dict[str, np.ndarray]:
-        if num_classes is None:
-            return {"x": split.x}
-        if split.label is None or split.num_classes > num_classes:
+        if num_classes is not None and not 0 < train.num_classes <= num_classes:
             raise ValueError(
                 f"dataset {config.dataset} must have labels of at most {num_classes} classes, got "
-                f"{split.num_classes}."
+                f"{train.num_classes}."
             )
-        return {"x": split.x, "label": split.label}
+        options = {"batch_size": config.batch_size, "seed": config.seed}
+        if config.stream:
+            examples = train if num_classes is not None else train.unlabelled()
+            return Stream(Batches(examples, **options), workers=config.workers)
+        return Batches(given("train"), **options)
+
+    def given(split: str) -> dict[str, Any]:
+        found = images(split)
+        return {"x": found.x} | ({} if num_classes is None else {"label": found.label})
 
     held_out_mean = functools.cache(
         functools.partial(make_eval_step, continuous(held_out_loss), size=256)
     )
 
     def validate(params, mesh=None):
-        held_out = {name: array[:1024] for name, array in given(images("validation")).items()}
+        held_out = {name: array[:1024] for name, array in given("validation").items()}
         return held_out_mean(mesh=mesh)(params, jax.random.key(2), held_out)
 
     sample, trajectory = samplers(run, grid, size=256)

@@ -35,6 +35,7 @@ from jaxdiff.parallel import (
     split,
     state_shardings,
 )
+from jaxdiff.prefetch import Prefetch
 from jaxdiff.reporting import (
     Meter,
     Profiler,
@@ -384,7 +385,9 @@ def fit(
     Args:
         train_step: from `make_train_step`.
         state: from `init_state`; it is donated.
-        batches: `batches[i]` gives this process's part of batch i as numpy arrays.
+        batches: `batches[i]` gives this process's part of batch i as numpy arrays. It is called by
+            one thread, in order, while earlier steps run; an error is raised when its step is due.
+            If it has a `close()`, like `Stream`, that is called at the end.
         steps: updates in the whole run, ≥ 0. If there are as many already, nothing is done.
         workdir: the run's folder, a local one; None keeps nothing on disk.
         checkpoint_dir: the folder of the checkpoints, if it is not in `workdir`: on machines that
@@ -444,11 +447,11 @@ def fit(
         profiler.start_before(start + 1, state)
         devices = state.step.sharding.device_set
         meter = stack.enter_context(Meter(devices, flops_per_step=flops_per_step))
+        ahead = stack.enter_context(_ahead(batches, range(start, steps), mesh))
         for step in range(start + 1, steps + 1):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 with meter.waiting():
-                    batch = batches[step - 1]
-                    batch = batch if mesh is None else shard_batch(batch, mesh)
+                    batch = next(ahead)
                 state, metrics = train_step(state, batch)
             meter.add(metrics)
             bar.update()
@@ -622,6 +625,19 @@ def _checkpoints(folder: str | os.PathLike[str], batches: Batches) -> Any:
     from jaxdiff.checkpoints import Checkpoints  # which needs TrainState
 
     return Checkpoints(folder, num_examples=getattr(batches, "num_examples", None))
+
+
+@contextlib.contextmanager
+def _ahead(batches: Batches, steps: range, mesh: Mesh | None) -> Iterator[Iterator[Batch]]:
+    """The batches of the steps on the device, fetched while the steps before them run."""
+
+    def fetch(step: int) -> Batch:
+        batch = batches[step]
+        return jax.device_put(batch) if mesh is None else shard_batch(batch, mesh)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(getattr(batches, "close", lambda: None))
+        yield stack.enter_context(Prefetch(fetch, steps))
 
 
 def _resume(state: TrainState, checkpoints: Any, mesh: Mesh | None) -> TrainState:

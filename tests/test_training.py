@@ -432,7 +432,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_the_last_good_checkpoint(t
     data = Data()
     with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 8; .*checkpoints/6$"):
         run(tmp_path, data, objective=objective, log_every=10, save_every=6)
-    assert len(data.asked) == 10  # not noticed before the row was due
+    assert len(data.asked) >= 10  # not noticed before the row was due
     with pytest.raises(NonFiniteLoss, match=r"at step 8; there is no checkpoint$"):
         run(None, Data(), objective=objective, log_every=10)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -468,10 +468,12 @@ def test_sigterm_saves_and_stops_and_the_handler_is_given_back(tmp_path):
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert not validated  # there is no time for that
-    assert [r["step"] for r in rows(tmp_path)] == [2, 4, 5]
+    stop = rows(tmp_path)[-1]["step"]
+    assert stop in (3, 4, 5)  # batch 4 is asked for while these run
+    assert [r["step"] for r in rows(tmp_path)] == [*range(2, stop, 2), stop]
     resumed_data = Data()
     resumed = run(tmp_path, resumed_data)
-    assert resumed_data.asked == list(range(5, STEPS))
+    assert resumed_data.asked == list(range(stop, STEPS))
     assert_same_bits(resumed, run(None, Data()))
 
 

@@ -10,8 +10,10 @@ but the width 2/L of a cell: for D pixels,
 
 an upper bound of the code length of the discrete image (Theis et al. 2016, arXiv 1511.01844).
 
-Sets are decoded once into memory, as uint8; sets that do not fit there are out of scope. TensorFlow
-is never imported to read: only to prepare the TFDS sets that ask for it.
+A set is opened as an `ImageSource`, which decodes the images that are asked for. `load_images`
+decodes a split once into memory, as uint8; one that does not fit there is trained on by
+`jaxdiff.data.streams`. TensorFlow is never imported to read: only to prepare the TFDS sets that ask
+for it.
 """
 
 import contextlib
@@ -19,7 +21,8 @@ import functools
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +34,16 @@ from jaxtyping import Array, Float, Integer, UInt8
 from jaxdiff.processes.base import example_keys
 from jaxdiff.typing import Key
 
-__all__ = ["SPLITS", "Images", "dequantize", "from_model", "load_images", "to_model"]
+__all__ = [
+    "SPLITS",
+    "ImageSource",
+    "Images",
+    "dequantize",
+    "from_model",
+    "image_sources",
+    "load_images",
+    "to_model",
+]
 
 SPLITS = ("train", "validation", "test")
 """The splits that every data set has here."""
@@ -55,10 +67,74 @@ class Images(NamedTuple):
     num_classes: int
 
 
+@dataclass(frozen=True)
+class ImageSource:
+    """One split of a data set, decoded when it is asked for; worker processes may have a copy.
+
+    `source[which]`, of indices [k] or a slice, is {"x": uint8 [k, h, w, c]} and, in a set with
+    classes, "label": int32 [k].
+
+    Attributes:
+        read: places [k] in what is stored ↦ {"x": …, "label": …}.
+        places: where the examples of this split are stored, int [n].
+        shape: height, width and channels.
+        levels: number of grey levels L: 17 for `digits`, else 256.
+        num_classes: number of classes, 0 without labels.
+    """
+
+    read: Callable[[np.ndarray], dict[str, np.ndarray]]
+    places: np.ndarray
+    shape: tuple[int, int, int]
+    levels: int
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, which: np.ndarray | slice) -> dict[str, np.ndarray]:
+        found = self.read(self.places[which])
+        return found if self.num_classes else {"x": found["x"]}
+
+    def unlabelled(self) -> "ImageSource":
+        """The same images without their labels."""
+        return replace(self, num_classes=0)
+
+    def load(self, most: int | None = None) -> Images:
+        """Decode the split into memory.
+
+        Args:
+            most: only so many, the first ones; all if None.
+
+        Raises:
+            ValueError: names an image that cannot be read.
+        """
+        found = self[:most]
+        return Images(found["x"], found.get("label"), self.levels, self.num_classes)
+
+
 def load_images(
     dataset: str, split: str, *, data_dir: str | os.PathLike[str] | None = None
 ) -> Images:
     """Load one split of a data set into memory.
+
+    Args:
+        dataset: name or path, as for `image_sources`.
+        split: `train`, `validation` or `test`.
+        data_dir: where TFDS keeps prepared sets; by default the environment's `TFDS_DATA_DIR` or
+            `~/tensorflow_datasets`.
+
+    Raises:
+        ValueError: if there is no such split or data set, if it cannot be read, or if it is not
+            prepared and cannot be (without network, within seconds).
+    """
+    _check_split(split)
+    return image_sources(dataset, data_dir=data_dir)(split).load()
+
+
+def image_sources(
+    dataset: str, *, data_dir: str | os.PathLike[str] | None = None
+) -> Callable[[str], ImageSource]:
+    """Open a data set, and look at its files' headers; no image is decoded.
 
     `dataset` is, in this order,
 
@@ -78,28 +154,29 @@ def load_images(
 
     Args:
         dataset: name or path, see above.
-        split: `train`, `validation` or `test`.
         data_dir: where TFDS keeps prepared sets; by default the environment's `TFDS_DATA_DIR` or
             `~/tensorflow_datasets`.
 
+    Returns:
+        A function: `train`, `validation` or `test` ↦ the split. It raises ValueError for another
+        name, and if there are too few images.
+
     Raises:
-        ValueError: if there is no such split or data set, if it cannot be read, or if it is not
-            prepared and cannot be (without network, within seconds).
+        ValueError: if there is no such data set, if it cannot be read, or if it is not prepared and
+            cannot be (without network, within seconds).
     """
-    if split not in SPLITS:
-        raise ValueError(f"split = {split!r}: need one of {', '.join(SPLITS)}")
     if not dataset:
         raise ValueError("dataset = '': need the name of a set, a folder or an .npz file")
     path = Path(dataset).expanduser()
     if dataset == "digits":
-        return _from_tfds(dataset, split, data_dir)
+        return _tfds_sources(dataset, data_dir)
     if path.suffix == ".npz":
-        return _from_npz(path, split)
+        return _npz_sources(path)
     if path.is_dir():
-        return _from_folder(path, split)
+        return _folder_sources(path)
     if path.is_file() or path.is_absolute() or dataset.startswith((".", "~")):
         raise ValueError(f"dataset = {dataset!r}: neither a folder nor an .npz file")
-    return _from_tfds(dataset, split, data_dir)
+    return _tfds_sources(dataset, data_dir)
 
 
 def to_model(x: Integer[Array | np.ndarray, "*shape"], levels: int) -> Float[Array, "*shape"]:
@@ -153,8 +230,14 @@ def dequantize(
     return centres + jax.vmap(draw)(example_keys(key, len(x))) / levels
 
 
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split = {split!r}: need one of {', '.join(SPLITS)}")
+
+
 def _stored_part(split: str, stored: Sequence[str], dataset: str) -> tuple[str, int, int]:
     """Which stored split, from which percent to which, serves as `split`."""
+    _check_split(split)
     if "train" not in stored:
         raise ValueError(f"dataset = {dataset!r}: has no train split, only {sorted(stored)}")
     missing = [name for name in SPLITS if name not in stored]
@@ -181,24 +264,44 @@ def _cut_shuffled(n: int, part: tuple[int, int], dataset: str, split: str) -> np
 # TFDS
 
 
-def _from_tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Images:
+def _tfds_sources(
+    name: str, data_dir: str | os.PathLike[str] | None
+) -> Callable[[str], ImageSource]:
     builder = _prepared_builder(name, data_dir)
-    # `tfds.testing.mock_data` knows no splits and answers to all.
-    stored, *part = _stored_part(split, list(builder.info.splits) or SPLITS, name)
+    features = dict(builder.info.features.items())
+    classes = getattr(features.get("label"), "num_classes", None) or 0
+
+    def source(split: str) -> ImageSource:
+        # `tfds.testing.mock_data` knows no splits and answers to all.
+        stored, *part = _stored_part(split, list(builder.info.splits) or SPLITS, name)
+        try:
+            records = builder.as_data_source(split=stored)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"dataset = {name!r}: the data in {builder.data_dir} are not stored as "
+                "array_record; prepare them anew, or convert them with `tfds convert_format`"
+            ) from error
+        cut = _cut(len(records), (part[0], part[1]), name, split)
+        return ImageSource(
+            functools.partial(_read_records, records, str(builder.data_dir)),
+            np.arange(cut.start, cut.stop),
+            tuple(features["image"].shape),
+            17 if name == "digits" else 256,
+            classes,
+        )
+
+    return source
+
+
+def _read_records(records: Any, folder: str, places: np.ndarray) -> dict[str, np.ndarray]:
     try:
-        source = builder.as_data_source(split=stored)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"dataset = {name!r}: the data in {builder.data_dir} are not stored as array_record; "
-            "prepare them anew, or convert them with `tfds convert_format`"
-        ) from error
-    cut = _cut(len(source), (part[0], part[1]), name, split)
-    examples = [source[i] for i in range(cut.start, cut.stop)]
-    x = np.stack([example["image"] for example in examples])
-    label_feature = dict(builder.info.features.items()).get("label")
-    classes = getattr(label_feature, "num_classes", None) or 0
-    label = np.array([example["label"] for example in examples], np.int32) if classes else None
-    return Images(x, label, 17 if name == "digits" else 256, classes)
+        examples = [records[place] for place in places.tolist()]
+    except Exception as error:  # whatever reading, parsing and decoding happen to meet
+        raise ValueError(f"dataset: cannot read the records in '{folder}'") from error
+    found = {"x": np.stack([example["image"] for example in examples])}
+    if "label" in examples[0]:
+        found["label"] = np.array([example["label"] for example in examples], np.int32)
+    return found
 
 
 @contextlib.contextmanager
@@ -301,7 +404,7 @@ def _first_line(error: Exception) -> str:
 # .npz files
 
 
-def _from_npz(path: Path, split: str) -> Images:
+def _npz_sources(path: Path) -> Callable[[str], ImageSource]:
     arrays = _read_npz(path)
     names = {name: f"_{name}" for name in SPLITS if f"x_{name}" in arrays}
     if not names and "x" in arrays:
@@ -319,12 +422,22 @@ def _from_npz(path: Path, split: str) -> Images:
     }
     if labels and len(labels) < len(names):
         raise ValueError(f"dataset = '{path}': has labels of {sorted(labels)} alone")
-    stored, *part = _stored_part(split, list(names), str(path))
-    index = _cut_shuffled(len(images[stored]), (part[0], part[1]), str(path), split)
     classes = max((int(y.max()) + 1 for y in labels.values()), default=0)
     levels = _npz_levels(arrays, max(int(x.max()) for x in images.values()), path)
-    label = labels[stored][index] if labels else None
-    return Images(images[stored][index], label, levels, classes)
+
+    def source(split: str) -> ImageSource:
+        stored, *part = _stored_part(split, list(names), str(path))
+        x = images[stored]
+        named = {"x": x, "label": labels[stored]} if labels else {"x": x}
+        places = _cut_shuffled(len(x), (part[0], part[1]), str(path), split)
+        read = functools.partial(_read_arrays, named)
+        return ImageSource(read, places, x.shape[1:], levels, classes)
+
+    return source
+
+
+def _read_arrays(arrays: Mapping[str, np.ndarray], places: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: array[places] for name, array in arrays.items()}
 
 
 def _read_npz(path: Path) -> Mapping[str, np.ndarray]:
@@ -365,23 +478,33 @@ def _npz_labels(y: np.ndarray, n: int, path: Path) -> np.ndarray:
 # Folders
 
 
-def _from_folder(root: Path, split: str) -> Images:
+def _folder_sources(root: Path) -> Callable[[str], ImageSource]:
     folders = {name: root / name for name in SPLITS if (root / name).is_dir()} or {"train": root}
     files = {name: _image_files(folder) for name, folder in folders.items()}
-    stored, *part = _stored_part(split, list(files), str(root))
-    channels = _common_channels([path for paths in files.values() for path in paths])
+    shape = _common_shape([path for paths in files.values() for path in paths])
     labelled = {path.parent != folders[name] for name, paths in files.items() for path in paths}
     if len(labelled) > 1:
         raise ValueError(f"dataset = '{root}': has images both beside and in its class folders")
     # Over all splits, as one of them may lack a class.
     names = sorted({path.parent.name for paths in files.values() for path in paths})
-    index = _cut_shuffled(len(files[stored]), (part[0], part[1]), str(root), split)
-    chosen = [files[stored][i] for i in index]
-    x = np.stack([_read_image(path, channels) for path in chosen])
-    if labelled == {False}:
-        return Images(x, None, 256, 0)
-    label = np.array([names.index(path.parent.name) for path in chosen], np.int32)
-    return Images(x, label, 256, len(names))
+    classes = {name: i for i, name in enumerate(names)}
+
+    def source(split: str) -> ImageSource:
+        stored, *part = _stored_part(split, list(files), str(root))
+        paths = files[stored]
+        places = _cut_shuffled(len(paths), (part[0], part[1]), str(root), split)
+        label = np.array([classes[path.parent.name] for path in paths], np.int32)
+        read = functools.partial(_read_files, [str(path) for path in paths], label, shape)
+        return ImageSource(read, places, shape, 256, len(names) if labelled == {True} else 0)
+
+    return source
+
+
+def _read_files(
+    paths: list[str], label: np.ndarray, shape: tuple[int, int, int], places: np.ndarray
+) -> dict[str, np.ndarray]:
+    x = np.stack([_read_image(paths[i], shape) for i in places.tolist()])
+    return {"x": x, "label": label[places]}
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -396,7 +519,7 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _common_channels(paths: Sequence[Path]) -> int:
+def _common_shape(paths: Sequence[Path]) -> tuple[int, int, int]:
     """Check from the headers that all images are of one size; 1 channel if all are grey, or 3."""
     first, grey = None, True
     for path in paths:
@@ -410,7 +533,8 @@ def _common_channels(paths: Sequence[Path]) -> int:
         if mode.startswith(("I", "F")):
             raise ValueError(f"dataset: '{path}' is no 8-bit image (mode {mode})")
         grey = grey and mode in ("1", "L", "LA")
-    return 1 if grey else 3
+    assert first is not None  # a folder without images was refused
+    return first[1], first[0], 1 if grey else 3
 
 
 def _header(path: Path) -> tuple[tuple[int, int], str]:
@@ -423,12 +547,14 @@ def _header(path: Path) -> tuple[tuple[int, int], str]:
         raise ValueError(f"dataset: cannot read the image '{path}'") from error
 
 
-def _read_image(path: Path, channels: int) -> np.ndarray:
+def _read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            pixels = np.asarray(image.convert("L" if shape[2] == 1 else "RGB"))
     except Exception as error:  # a damaged file raises what its decoder happens to meet
         raise ValueError(f"dataset: cannot read the image '{path}'") from error
-    return pixels.reshape(*pixels.shape[:2], channels)
+    if pixels.shape[:2] != shape[:2]:  # it was, when its header was looked at
+        raise ValueError(f"dataset: the image '{path}' is no longer {shape[1]}×{shape[0]}")
+    return pixels.reshape(shape)
