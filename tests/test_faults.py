@@ -41,7 +41,7 @@ from jaxdiff.training import init_state
 
 HEARTBEAT = 10
 """Seconds that a silent process counts as alive; the least that JAX takes well."""
-OPTIONS = [{}]
+OPTIONS = [{}, {"accumulate": 2}]
 """Of the train step."""
 
 
@@ -71,14 +71,16 @@ def test_a_run_goes_on_to_the_same_bits_from_every_step(straight, point, tmp_pat
 
 @pytest.mark.devices(4)
 @pytest.mark.parametrize("point", range(SAVE_EVERY, STEPS, SAVE_EVERY))
-def test_a_run_goes_on_to_the_same_numbers_on_other_devices(straight, point, tmp_path):
-    options, whole = straight
-    meshes = {"four": data_mesh(), "two": data_mesh(jax.devices()[:2]), "one": None}
-    for first, then in (("four", "one"), ("one", "four"), ("four", "two")):
+def test_a_run_goes_on_to_the_same_numbers_on_other_devices(point, tmp_path):
+    options = {"accumulate": 2, "params": network_params(256)}
+    meshes = {"four": data_mesh(), "two by two": data_mesh(fsdp=2), "one": None}
+    whole = run(None, Data(), **options)
+    for first, then in (("four", "one"), ("one", "two by two"), ("two by two", "four")):
         folder = tmp_path / f"{first}-{then}"
         run(folder, Data(), steps=point, mesh=meshes[first], **options)
         resumed = run(folder, Data(), mesh=meshes[then], **options)
-        assert resumed.params["w"].sharding.num_devices == {"four": 4, "two": 2, "one": 1}[then]
+        part = resumed.params["w"].addressable_shards[0].data.shape
+        assert part == ((4, 128) if then == "two by two" else (4, 256))
         assert_close(resumed, whole)
 
 
@@ -142,7 +144,7 @@ def test_sigterm_breaks_off_an_evaluation(tmp_path, due):
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, data, validate=endless, eval_every=due)
     assert stopped.value.code == 143
-    assert len(data.asked) == due
+    assert due <= len(data.asked) <= due + 2  # of which are on their way already
     again = Data()
     assert_same_bits(run(tmp_path, again), run(None, Data()))
     assert again.asked == list(range(due, STEPS))
