@@ -241,12 +241,14 @@ def import_wandb() -> Any:
     """The module `wandb`.
 
     Raises:
-        ValueError: if it is not installed.
+        ValueError: if it is not installed, or not whole.
     """
     try:
         return importlib.import_module("wandb")
     except ImportError as error:
-        raise ValueError("wandb is missing: pip install 'jaxdiff[wandb]'") from error
+        raise ValueError(
+            f"wandb cannot be imported ({error}): pip install 'jaxdiff[wandb]'"
+        ) from error
 
 
 def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:

@@ -357,6 +357,6 @@ def test_rows_go_to_wandb_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, mo
 
 def test_wandb_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"wandb is missing: pip install 'jaxdiff\[wandb\]'"):
+    with pytest.raises(ValueError, match=r"wandb cannot be .*: pip install 'jaxdiff\[wandb\]'"):
         run(tmp_path, wandb="mine")
     assert not any(tmp_path.iterdir())
