@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -135,11 +136,11 @@ class Clock:
         self.now = 1000.0
         monkeypatch.setattr("jaxdiff.reporting.time.perf_counter", lambda: self.now)
 
-    def compile(self, seconds):
+    def compile(self, seconds, told=None):
         self.now += seconds
         for part, share in (("jaxpr_to_mlir_module", 0.25), ("backend_compile", 0.75)):
             event = f"/jax/core/compile/{part}_duration"
-            jax.monitoring.record_event_duration_secs(event, share * seconds)
+            jax.monitoring.record_event_duration_secs(event, share * (told or seconds))
         jax.monitoring.record_event_duration_secs("/jax/something/else", 99.0)
 
 
@@ -165,6 +166,9 @@ def test_rows_tell_where_the_time_went(monkeypatch):
         clock.compile(10.0)
         meter.go_on()
         clock.now += 3.0
+        elsewhere = threading.Thread(target=clock.compile, args=[0.0, 50.0])
+        elsewhere.start()
+        elsewhere.join()
         meter.add({"loss": jnp.float32(7.0)})
         assert len(meter.pause()) == 1
         row = meter.row(batch_size=32)
