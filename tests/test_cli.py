@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -371,6 +372,18 @@ def test_programs_are_kept_in_the_user_s_cache(command, no_cache, tmp_path, monk
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
     mistake(capsys, *command, tmp_path / "nope", "--compilation-cache", "None")
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_options_for_reports_reach_the_run(small, npz, tmp_path, monkeypatch):
+    wandb = mock.MagicMock()
+    wandb.init.return_value.id = "abc"
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("jaxdiff.cli._evaluate_run", lambda *args, **options: None)
+    command(small, npz, tmp_path / "run", "--profile-steps", "2:4", "--wandb", "mine")
+    assert list((tmp_path / "run" / "tensorboard").glob("plugins/profile/*/*.xplane.pb"))
+    assert wandb.init.call_args.kwargs["project"] == "mine"
+    assert wandb.init.call_args.kwargs["config"]["rate"] == 0.1
+    assert (tmp_path / "run" / "wandb_id").read_text() == "abc"
 
 
 def test_a_run_fills_its_cache_and_the_next_reads_it(
