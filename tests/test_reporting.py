@@ -150,17 +150,19 @@ def device(kind, peak_bytes, process=0):
 
 
 def test_rows_tell_where_the_time_went(monkeypatch):
+    # Made before, since to make them may take compilation in earnest.
+    losses = [{"loss": jnp.float32(loss)} for loss in (1.0, 2.0, 6.0, 7.0)]
     clock = Clock(monkeypatch)
     chips = [device("TPU v4", 2 * 10**9), device("TPU v4", 3 * 10**9)]
     chips += [device("TPU v4", 9 * 10**9, process=1)]
     with Meter(chips, flops_per_step=1e12) as meter:
-        for loss in (1.0, 2.0, 6.0):
+        for metrics in losses[:3]:
             with meter.waiting():
                 clock.now += 0.5
                 clock.compile(16.0)
             clock.compile(4.0)
             clock.now += 0.5
-            meter.add({"loss": jnp.float32(loss)})
+            meter.add(metrics)
         assert [m["loss"] for m in meter.pause()] == [1.0, 2.0, 6.0]
         clock.now += 100.0  # an evaluation
         clock.compile(10.0)
@@ -169,7 +171,7 @@ def test_rows_tell_where_the_time_went(monkeypatch):
         elsewhere = threading.Thread(target=clock.compile, args=[0.0, 50.0])
         elsewhere.start()
         elsewhere.join()
-        meter.add({"loss": jnp.float32(7.0)})
+        meter.add(losses[3])
         assert len(meter.pause()) == 1
         row = meter.row(batch_size=32)
         assert row == pytest.approx(
@@ -186,12 +188,12 @@ def test_rows_tell_where_the_time_went(monkeypatch):
         )
         meter.go_on()
         clock.now += 2.0
-        meter.add({"loss": jnp.float32(1.0)})
+        meter.add(losses[0])
         meter.pause()
         row = meter.row(batch_size=32)
         assert (row["steps/s"], row["data_wait"], row["compile_seconds"]) == (0.5, 0.0, 70.0)
         meter.go_on()
-        meter.add({"loss": jnp.float32(1.0)})
+        meter.add(losses[0])
     clock.now += 1.0
     clock.compile(5.0)  # nobody listens any more
     meter.pause()
