@@ -394,6 +394,10 @@ def test_a_run_fills_its_cache_and_the_next_reads_it(
     jax.monitoring.register_event_listener(listen)
     request.addfinalizer(lambda: jax.monitoring.unregister_event_listener(listen))
     monkeypatch.setattr("jaxdiff.cli._evaluate_run", lambda *args, **options: None)
+    # A program that a config compiled, before the command knew of its folder.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "other"))
+    compilation_cache.reset_cache()
+    jax.jit(lambda x: x + 1)(1.0)
 
     def misses(run):
         heard.clear()
