@@ -112,8 +112,8 @@ class Meter:
 
 def _memory(devices: list[Any]) -> int | None:
     """Most bytes that a device of this process has held at once; None where nobody counts."""
-    stats = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
-    return max((s["peak_bytes_in_use"] for s in stats if s is not None), default=None)
+    stats = [d.memory_stats() or {} for d in devices if d.process_index == jax.process_index()]
+    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
 
 
 class Profiler:
@@ -241,12 +241,14 @@ def import_wandb() -> Any:
     """The module `wandb`.
 
     Raises:
-        ValueError: if it is not installed.
+        ValueError: if it is not installed, or not whole.
     """
     try:
         return importlib.import_module("wandb")
     except ImportError as error:
-        raise ValueError("wandb is missing: pip install 'jaxdiff[wandb]'") from error
+        raise ValueError(
+            f"wandb cannot be imported ({error}): pip install 'jaxdiff[wandb]'"
+        ) from error
 
 
 def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:
@@ -254,10 +256,11 @@ def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any] | None) ->
     stored = workdir / "wandb_id"
     run = import_wandb().init(
         project=project,
-        id=stored.read_text().strip() if stored.exists() else None,
+        id=(stored.read_text() or None) if stored.exists() else None,
         resume="allow",
         dir=str(workdir),
         config=dict(config or {}),
+        allow_val_change=True,  # a run may go on for more steps than it was to take
     )
     stored.write_text(run.id)
     return run

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -385,19 +386,40 @@ def test_programs_are_kept_in_the_user_s_cache(command, no_cache, tmp_path, monk
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_run_fills_its_cache_and_reads_it(no_cache, small, npz, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
-    for run, hits in (("first", 0), ("second", 1)):
+def test_options_for_reports_reach_the_run(small, npz, tmp_path, monkeypatch):
+    wandb = mock.MagicMock()
+    wandb.init.return_value.id = "abc"
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("jaxdiff.cli._evaluate_run", lambda *args, **options: None)
+    command(small, npz, tmp_path / "run", "--profile-steps", "2:4", "--wandb", "mine")
+    assert list((tmp_path / "run" / "tensorboard").glob("plugins/profile/*/*.xplane.pb"))
+    assert wandb.init.call_args.kwargs["project"] == "mine"
+    assert wandb.init.call_args.kwargs["config"]["rate"] == 0.1
+    assert (tmp_path / "run" / "wandb_id").read_text() == "abc"
+
+
+def test_a_run_fills_its_cache_and_the_next_reads_it(
+    no_cache, small, npz, tmp_path, monkeypatch, request
+):
+    heard = []
+    listen = lambda event, **_: heard.append(event)
+    jax.monitoring.register_event_listener(listen)
+    request.addfinalizer(lambda: jax.monitoring.unregister_event_listener(listen))
+    monkeypatch.setattr("jaxdiff.cli._evaluate_run", lambda *args, **options: None)
+    # A program that a config compiled, before the command knew of its folder.
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "other"))
+    compilation_cache.reset_cache()
+    jax.jit(lambda x: x + 1)(1.0)
+
+    def misses(run):
+        heard.clear()
         jax.clear_caches()
-        heard = []
-        monkeypatch.setattr("jaxdiff.cli._evaluate_run", lambda *args, **options: None)
-        listener = lambda event, heard=heard, **kwargs: heard.append(event)
-        jax.monitoring.register_event_listener(listener)
-        command(small, npz, tmp_path / run, "--compilation-cache", cache)
-        jax.monitoring.unregister_event_listener(listener)
-        assert list(cache.glob("jit_step-*-cache"))
-        misses = heard.count("/jax/compilation_cache/cache_misses")
-        assert (misses == 0) == bool(hits)
+        command(small, npz, tmp_path / run, "--compilation-cache", tmp_path / "cache")
+        return heard.count("/jax/compilation_cache/cache_misses")
+
+    assert misses("first") > 0
+    assert list((tmp_path / "cache").glob("jit_step-*-cache"))
+    assert misses("second") == 0
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_warning(no_cache, tmp_path, capsys):
