@@ -146,7 +146,7 @@ def make_train_step(
     With `accumulate` = k the memory for activations is that of a k-th of the batch: L is the mean
     over the parts {i, i + k, i + 2k, …} of the batch, taken one after another, part i with the key
     fold_in(fold_in(key, n), i). On whatever devices, that is the same update; for another k the
-    noise is another.
+    noise is another. By "jit" devices meet after each part, by the others after the last.
 
     Args:
         objective: the per-example loss.

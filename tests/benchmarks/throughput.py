@@ -6,7 +6,7 @@
 The network is `configs/cifar10_ddpmpp_vp.py`'s DDPM++ (61.8 M parameters; of another width if one
 is given), with 32 × 32 × 3 images and random weights, over all devices of this process. A training
 step is that of `jaxdiff train`, with dropout, Adam, clipping and average; a sample takes 50 steps
-of DDIM, a likelihood 49 steps of Heun's method with one Hutchinson probe, whatever the examples. Each
+of DDIM, a likelihood 49 of Heun's method with one Hutchinson probe, whatever the examples. Each
 has a process of its own. FLOPs are the model's (`jaxdiff/flops.py`), utilisation is the share of
 what the devices' data sheets say for bfloat16, and the table is markdown.
 """
