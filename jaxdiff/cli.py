@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from jaxdiff import flops, grids
 from jaxdiff.checkpoints import CheckpointError, CheckpointMismatch, restore_ema
+from jaxdiff.data.images import DatasetError
 from jaxdiff.evaluation import evaluate
 from jaxdiff.experiment import Experiment, load_config, load_run, save_run
 from jaxdiff.export import (
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands[words[0]](words[1:])
     except CheckpointMismatch as error:
         _fail(f"{error}; give another folder.")
-    except (CheckpointError, NonFiniteLoss) as error:
+    except (CheckpointError, DatasetError, NonFiniteLoss) as error:
         _fail(str(error), code=1)
     except OSError as error:
         if error.errno not in FULL:

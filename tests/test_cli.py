@@ -20,6 +20,7 @@ from PIL import Image
 
 from jaxdiff.checkpoints import Checkpoints, restore_ema
 from jaxdiff.cli import main
+from jaxdiff.data.images import DatasetError
 from jaxdiff.experiment import load_config, load_run
 
 # orbax leaves the coroutines of a failed read to the garbage collector.
@@ -596,6 +597,17 @@ def test_every_way_to_share_a_step_goes_on_with_another_s_run(by, copied_run, sm
         restore_ema(run / "checkpoints", abstract) for run in (copied_run, tmp_path / "straight")
     )
     np.testing.assert_allclose(resumed["w"], straight["w"], rtol=1e-6)
+
+
+def test_an_image_that_breaks_on_the_way_is_one_line_and_code_1(
+    small, npz, tmp_path, capsys, monkeypatch
+):
+    def fit(*args, **options):
+        raise DatasetError("dataset: cannot read the image 'a.png'")
+
+    monkeypatch.setattr("jaxdiff.cli.fit", fit)
+    words = ["train", small, "--workdir", tmp_path / "run", "--dataset", npz]
+    assert "cannot read the image 'a.png'" in mistake(capsys, *words, code=1)
 
 
 def test_two_processes_leave_what_one_leaves(small_run, small, npz, tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 from jaxdiff import evaluation
 from jaxdiff.data import images
 from jaxdiff.data.batches import Batches
-from jaxdiff.data.images import image_sources, load_images
+from jaxdiff.data.images import DatasetError, image_sources, load_images
 from jaxdiff.data.streams import Stream
 from jaxdiff.experiment import load_config, save_run
 from jaxdiff.prefetch import Prefetch
@@ -116,7 +116,7 @@ def test_worker_processes_make_the_same_batches_and_name_a_broken_image(tmp_path
     for batch, step in zip(batches, steps, strict=False):
         assert_equal(batch, step)
         assert {type(array) for array in batch.values()} == {np.ndarray}  # of no shared memory
-    with pytest.raises(ValueError, match=f"cannot read the image '{path}'"):
+    with pytest.raises(DatasetError, match=f"cannot read the image '{path}'"):
         stream[bad]
     assert not multiprocessing.active_children()
     assert_equal(stream[bad + 1], steps[bad + 1])

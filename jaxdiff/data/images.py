@@ -36,6 +36,7 @@ from jaxdiff.typing import Key
 
 __all__ = [
     "SPLITS",
+    "DatasetError",
     "ImageSource",
     "Images",
     "dequantize",
@@ -49,6 +50,10 @@ SPLITS = ("train", "validation", "test")
 """The splits that every data set has here."""
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class DatasetError(ValueError):
+    """An example that can no longer be read, or is another."""
 
 
 class Images(NamedTuple):
@@ -297,7 +302,7 @@ def _read_records(records: Any, folder: str, places: np.ndarray) -> dict[str, np
     try:
         examples = [records[place] for place in places.tolist()]
     except Exception as error:  # whatever reading, parsing and decoding happen to meet
-        raise ValueError(f"dataset: cannot read the records in '{folder}'") from error
+        raise DatasetError(f"dataset: cannot read the records in '{folder}'") from error
     found = {"x": np.stack([example["image"] for example in examples])}
     if "label" in examples[0]:
         found["label"] = np.array([example["label"] for example in examples], np.int32)
@@ -544,7 +549,7 @@ def _header(path: Path) -> tuple[tuple[int, int], str]:
         with Image.open(path) as image:
             return image.size, image.mode
     except Exception as error:
-        raise ValueError(f"dataset: cannot read the image '{path}'") from error
+        raise DatasetError(f"dataset: cannot read the image '{path}'") from error
 
 
 def _read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
@@ -554,7 +559,7 @@ def _read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("L" if shape[2] == 1 else "RGB"))
     except Exception as error:  # a damaged file raises what its decoder happens to meet
-        raise ValueError(f"dataset: cannot read the image '{path}'") from error
+        raise DatasetError(f"dataset: cannot read the image '{path}'") from error
     if pixels.shape[:2] != shape[:2]:  # it was, when its header was looked at
-        raise ValueError(f"dataset: the image '{path}' is no longer {shape[1]}×{shape[0]}")
+        raise DatasetError(f"dataset: the image '{path}' is no longer {shape[1]}×{shape[0]}")
     return pixels.reshape(shape)
