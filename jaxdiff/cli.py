@@ -40,7 +40,7 @@ from jaxdiff.samplers.dpm_solver_plus import DPMSolverPP
 from jaxdiff.samplers.heun import Heun
 from jaxdiff.solve import probability_flow, reverse_sde
 from jaxdiff.training import Batches, NonFiniteLoss, fit, init_state, make_train_step
-from jaxdiff.typing import Array, Params
+from jaxdiff.typing import Params
 
 __all__ = ["main"]
 
@@ -397,7 +397,7 @@ def _check_export(options: _ExportOptions) -> None:
         raise ValueError(f"--out must be a file in a folder that exists, got {options.out}.")
 
 
-def _sampler(name: str, steps: int, process: Any) -> Callable[..., Array]:
+def _sampler(name: str, steps: int, process: Any) -> Callable[..., Any]:
     """(denoise, keys, x) ↦ samples."""
     if name == "probability_flow":
         return lambda denoise, keys, x: probability_flow(
