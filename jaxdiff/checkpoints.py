@@ -136,14 +136,14 @@ class Checkpoints:
         This is not part of saving, so that a save need not wait for an evaluation.
 
         Args:
-            step: of a checkpoint.
+            step: of a checkpoint; of another step there is nothing to note.
             metric: the lower, the better; what is not finite counts as nothing.
         """
-        if not math.isfinite(metric):
-            return
         steps = self._manager.all_steps()
+        if step not in steps or not math.isfinite(metric):
+            return
         self._metrics[step] = metric
-        known = {str(step): m for step, m in self._metrics.items() if step in steps}
+        known = {str(s): m for s, m in self._metrics.items() if s in steps}
         if jax.process_index() == 0:
             partial = self.directory / f"{_METRICS}.tmp"
             with self._writing():

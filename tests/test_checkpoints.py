@@ -219,13 +219,14 @@ def ema_of(folder, checkpoint):
 @pytest.fixture
 def judged(tmp_path):
     """Steps 1 to 6 with the newest two and the best of their metrics kept, over a restart."""
-    metrics = {1: 5.0, 2: 1.0, 3: 4.0, 5: math.nan, 6: 2.0}
+    metrics = {1: 5.0, 2: 1.0, 3: 4.0, 5: math.nan, 6: 2.0}  # of 4 there is none
     for steps in ((1, 2, 3), (4, 5, 6)):
         with Checkpoints(tmp_path, keep=2) as checkpoints:
             for step in steps:
                 checkpoints.save(step, numbered(step))
                 if step in metrics:
                     checkpoints.record_metric(step, metrics[step])
+                checkpoints.record_metric(step + 1, -1.0)  # which is not saved
     return tmp_path
 
 
