@@ -252,6 +252,8 @@ def restore_ema(
 ) -> Params:
     """The averaged parameters of an undamaged checkpoint; changes nothing on disk.
 
+    One process alone may ask for parameters on its own devices.
+
     Args:
         path: the folder of the checkpoints, local or remote.
         abstract_params: parameters of the wanted shapes, dtypes and shardings, as in
@@ -267,7 +269,7 @@ def restore_ema(
         CheckpointMismatch: if it is of another model; names the leaves.
         CheckpointError: if there are checkpoints and all are damaged.
     """
-    with _manager(path, create=False) as manager:
+    with _manager(path, create=False, multiprocessing_options=_alone()) as manager:
         steps = _chosen(manager, checkpoint)
         targets = {"ema": abstract_params}
         return _first_sound(manager, steps, lambda place: _restore(place, targets))[1]["ema"]
@@ -286,7 +288,7 @@ def restore_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: if there is no checkpoint.
         CheckpointError: if there are checkpoints and all are damaged.
     """
-    with _manager(path, create=False) as manager:
+    with _manager(path, create=False, multiprocessing_options=_alone()) as manager:
         steps = _chosen(manager, "last")
         return _first_sound(manager, steps, _restore_config)[1]
 
@@ -429,10 +431,16 @@ def _read(path: Any, target: Any) -> Any:
     """What an item holds, read by each process for itself."""
     import orbax.checkpoint as ocp
 
-    index = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
-    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         return checkpointer.restore(path, target)
+
+
+def _alone() -> Any:
+    """Options of orbax for reading without waiting for other processes."""
+    import orbax.checkpoint as ocp
+
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
 
 
 def _restore_config(place: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from jaxdiff.checkpoints import (
     CheckpointError,
     CheckpointMismatch,
     Checkpoints,
+    restore_config,
     restore_ema,
 )
 from jaxdiff.parallel import data_mesh, start_distributed
@@ -41,8 +42,8 @@ from jaxdiff.training import init_state
 
 HEARTBEAT = 10
 """Seconds that a silent process counts as alive; the least that JAX takes well."""
-OPTIONS = [{}]
-"""Of the train step."""
+TRAIN = [{}]
+"""Options of the train step that runs go on with."""
 
 
 def assert_close(a, b):
@@ -53,19 +54,19 @@ def assert_close(a, b):
 # Going on
 
 
-@pytest.fixture(scope="module", params=OPTIONS, ids=str)
+@pytest.fixture(scope="module", params=TRAIN, ids=str)
 def straight(request):
     """The options of the train step, and the state after a run without a break."""
-    return request.param, run(None, Data(), **request.param)
+    return request.param, run(None, Data(), train=request.param)
 
 
 @pytest.mark.parametrize("point", range(1, STEPS))
 def test_a_run_goes_on_to_the_same_bits_from_every_step(straight, point, tmp_path):
     options, whole = straight
-    half = run(tmp_path, Data(), steps=point, **options)
+    half = run(tmp_path, Data(), steps=point, train=options)
     assert int(half.step) == point
     data = Data()
-    assert_same_bits(run(tmp_path, data, **options), whole)
+    assert_same_bits(run(tmp_path, data, train=options), whole)
     assert data.asked == list(range(point, STEPS))
 
 
@@ -76,8 +77,8 @@ def test_a_run_goes_on_to_the_same_numbers_on_other_devices(straight, point, tmp
     meshes = {"four": data_mesh(), "two": data_mesh(jax.devices()[:2]), "one": None}
     for first, then in (("four", "one"), ("one", "four"), ("four", "two")):
         folder = tmp_path / f"{first}-{then}"
-        run(folder, Data(), steps=point, mesh=meshes[first], **options)
-        resumed = run(folder, Data(), mesh=meshes[then], **options)
+        run(folder, Data(), steps=point, mesh=meshes[first], train=options)
+        resumed = run(folder, Data(), mesh=meshes[then], train=options)
         assert resumed.params["w"].sharding.num_devices == {"four": 4, "two": 2, "one": 1}[then]
         assert_close(resumed, whole)
 
@@ -266,6 +267,10 @@ def damage(folder):
         multihost_utils.sync_global_devices("damaged")
         restored = checkpoints.restore_latest(state)
         assert int(restored.step.addressable_data(0)) == 1
+    if jax.process_index() == 0:  # who needs the other for nothing
+        ema = restore_ema(folder, jax.eval_shape(lambda: network_params(1024)))
+        np.testing.assert_array_equal(ema["w"], network_params(1024)["w"])
+        assert restore_config(folder) == {}
 
 
 def train(folder):
