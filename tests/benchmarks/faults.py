@@ -419,8 +419,10 @@ def pairs(folder: Path, config: Path, steps: int) -> Iterator[Row]:
         yield Row(fault, len(victims), end(run, codes), max(lost), max(seconds))
     run = Run(folder / "unreadable", config=config)
     processes = pair(run, steps, {"UNREADABLE": "33"})
-    processes[1].wait(timeout=2 * PATIENCE)
+    while run.logged() < 33:
+        time.sleep(0.05)
     since = time.monotonic()
+    assert processes[1].wait(timeout=2 * PATIENCE) == 1
     codes = {processes[0].wait(timeout=2 * PATIENCE)}
     seconds, lost = time.monotonic() - since, run.lost()
     yield Row("data that one process cannot read", 1, end(run, codes), lost, seconds)
