@@ -494,7 +494,7 @@ def main() -> None:
             "full": lambda at: full_disk(at, whole, 5),
             "data": lambda at: bad_data(at, whole),
             "damages": lambda at: damages(at, whole, options.flips),
-            "pairs": lambda at: pairs(at, whole.config, 60),
+            "pairs": lambda at: pairs(at, whole.config, 150),
         }
         for name in options.only or rows:
             for row in rows[name](place / name):
