@@ -69,6 +69,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_step_saved_anew(tmp_path, i
     assert (tmp_path / "damaged-2").is_dir()
 
 
+def test_a_key_that_lost_its_type_is_damaged(tmp_path):
+    """Without this file orbax finds two plain numbers of the same bits."""
+    first, _ = saved_run(tmp_path)
+    (tmp_path / "2" / "train" / "array_metadatas" / "process_0").unlink()
+    lost = pytest.warns(RuntimeWarning, match="checksum mismatch in train/key")
+    with Checkpoints(tmp_path) as checkpoints, lost:
+        restored = checkpoints.restore_latest(abstract(first))
+    assert_same_bits(restored, first)
+    assert restored.key.dtype == first.key.dtype
+
+
 def test_a_flipped_byte_is_caught_by_nothing_but_the_checksum(tmp_path):
     saved_run(tmp_path)
     flip_byte(largest_file(tmp_path / "2" / "ema"))
