@@ -136,14 +136,14 @@ class Checkpoints:
         This is not part of saving, so that a save need not wait for an evaluation.
 
         Args:
-            step: of a checkpoint.
+            step: of a checkpoint; of another step there is nothing to note.
             metric: the lower, the better; what is not finite counts as nothing.
         """
-        if not math.isfinite(metric):
-            return
         steps = self._manager.all_steps()
+        if step not in steps or not math.isfinite(metric):
+            return
         self._metrics[step] = metric
-        known = {str(step): m for step, m in self._metrics.items() if step in steps}
+        known = {str(s): m for s, m in self._metrics.items() if s in steps}
         if jax.process_index() == 0:
             partial = self.directory / f"{_METRICS}.tmp"
             with self._writing():
@@ -252,6 +252,8 @@ def restore_ema(
 ) -> Params:
     """The averaged parameters of an undamaged checkpoint; changes nothing on disk.
 
+    One process alone may ask for parameters on its own devices.
+
     Args:
         path: the folder of the checkpoints, local or remote.
         abstract_params: parameters of the wanted shapes, dtypes and shardings, as in
@@ -267,7 +269,7 @@ def restore_ema(
         CheckpointMismatch: if it is of another model; names the leaves.
         CheckpointError: if there are checkpoints and all are damaged.
     """
-    with _manager(path, create=False) as manager:
+    with _manager(path, create=False, multiprocessing_options=_alone()) as manager:
         steps = _chosen(manager, checkpoint)
         targets = {"ema": abstract_params}
         return _first_sound(manager, steps, lambda place: _restore(place, targets))[1]["ema"]
@@ -286,7 +288,7 @@ def restore_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: if there is no checkpoint.
         CheckpointError: if there are checkpoints and all are damaged.
     """
-    with _manager(path, create=False) as manager:
+    with _manager(path, create=False, multiprocessing_options=_alone()) as manager:
         steps = _chosen(manager, "last")
         return _first_sound(manager, steps, _restore_config)[1]
 
@@ -407,8 +409,9 @@ def _restore(
     if failed:
         raise ValueError("another process cannot read its part")
     for name, tree in restored.items():
-        for leaf, (_, checksum) in _contents(tree).items():
-            if checksum != expected[name][leaf][1]:
+        for leaf, found in _contents(tree).items():
+            # The kind too: a key that lost its type has the same bits.
+            if list(found) != expected[name][leaf]:
                 raise ValueError(f"checksum mismatch in {name}/{leaf}")
     return restored
 
@@ -429,10 +432,16 @@ def _read(path: Any, target: Any) -> Any:
     """What an item holds, read by each process for itself."""
     import orbax.checkpoint as ocp
 
-    index = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
-    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         return checkpointer.restore(path, target)
+
+
+def _alone() -> Any:
+    """Options of orbax for reading without waiting for other processes."""
+    import orbax.checkpoint as ocp
+
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
 
 
 def _restore_config(place: Any) -> dict[str, Any]:

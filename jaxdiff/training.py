@@ -481,7 +481,7 @@ def fit(
                     if eval_due and validate is not None:
                         numbers = validate(state.ema_params)
                         log(step, {f"validation/{name}": value for name, value in numbers.items()})
-                        if save_due and checkpoints is not None and "loss" in numbers:
+                        if checkpoints is not None and "loss" in numbers:
                             checkpoints.record_metric(step, float(numbers["loss"]))
                     if eval_due and draw is not None and workdir is not None:
                         whole = _on_this_process(state.ema_params, mesh)

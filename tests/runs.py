@@ -53,12 +53,10 @@ class Data:
         return {"x": x.astype(np.float32)}
 
 
-def run(workdir, data, steps=STEPS, objective=denoising_loss, params=None, accumulate=1, **options):
+def run(workdir, data, steps=STEPS, objective=denoising_loss, params=None, train=None, **options):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
     mesh = options.get("mesh")
-    train_step = make_train_step(
-        objective, optimizer, ema_decay=0.999, mesh=mesh, accumulate=accumulate
-    )
+    train_step = make_train_step(objective, optimizer, ema_decay=0.999, mesh=mesh, **(train or {}))
     params = network_params() if params is None else params
     state = init_state(params, optimizer, jax.random.key(3), mesh=mesh)
     options = {"save_every": SAVE_EVERY, "log_every": 2, "progress": False} | options

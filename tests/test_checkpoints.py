@@ -69,6 +69,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_step_saved_anew(tmp_path, i
     assert (tmp_path / "damaged-2").is_dir()
 
 
+def test_a_key_that_lost_its_type_is_damaged(tmp_path):
+    """Without this file orbax finds two plain numbers of the same bits."""
+    first, _ = saved_run(tmp_path)
+    (tmp_path / "2" / "train" / "array_metadatas" / "process_0").unlink()
+    lost = pytest.warns(RuntimeWarning, match="checksum mismatch in train/key")
+    with Checkpoints(tmp_path) as checkpoints, lost:
+        restored = checkpoints.restore_latest(abstract(first))
+    assert_same_bits(restored, first)
+    assert restored.key.dtype == first.key.dtype
+
+
 def test_a_flipped_byte_is_caught_by_nothing_but_the_checksum(tmp_path):
     saved_run(tmp_path)
     flip_byte(largest_file(tmp_path / "2" / "ema"))
@@ -219,13 +230,14 @@ def ema_of(folder, checkpoint):
 @pytest.fixture
 def judged(tmp_path):
     """Steps 1 to 6 with the newest two and the best of their metrics kept, over a restart."""
-    metrics = {1: 5.0, 2: 1.0, 3: 4.0, 5: math.nan, 6: 2.0}
+    metrics = {1: 5.0, 2: 1.0, 3: 4.0, 5: math.nan, 6: 2.0}  # of 4 there is none
     for steps in ((1, 2, 3), (4, 5, 6)):
         with Checkpoints(tmp_path, keep=2) as checkpoints:
             for step in steps:
                 checkpoints.save(step, numbered(step))
                 if step in metrics:
                     checkpoints.record_metric(step, metrics[step])
+                checkpoints.record_metric(step + 1, -1.0)  # which is not saved
     return tmp_path
 
 
@@ -251,8 +263,9 @@ def test_the_next_best_takes_the_place_of_a_damaged_one(judged):
     truncate(largest_file(judged / "2" / "ema"))
     with pytest.warns(RuntimeWarning, match="checkpoint 2 .* is damaged .*going back to 6"):
         assert ema_of(judged, "best") == 6
-    with pytest.raises(CheckpointError, match="2 damaged"):  # nothing else was asked for
-        ema_of(judged, 2)
+    truncate(largest_file(judged / "5" / "ema"))
+    with pytest.raises(CheckpointError, match="restored: 5 damaged"):  # no other was asked for
+        ema_of(judged, 5)
 
 
 def test_damaged_metrics_are_none(judged):

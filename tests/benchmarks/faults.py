@@ -47,8 +47,10 @@ class Config:
     """Units of a layer; the state is what takes time to save."""
 
 class Faulty(Batches):
-    """Without a number from batch BAD_BATCH on."""
+    """Without a number from batch BAD_BATCH on, and none at all from UNREADABLE on."""
     def __getitem__(self, step):
+        if step >= int(os.environ.get("UNREADABLE", 10**9)):
+            raise OSError("the data cannot be read")
         batch = super().__getitem__(step)
         bad = int(os.environ.get("BAD_BATCH", 10**9))
         return {"x": batch["x"] * (np.nan if step >= bad else 1)}
@@ -395,6 +397,12 @@ def pairs(folder: Path, config: Path, steps: int) -> Iterator[Row]:
         "death of the other process": (signal.SIGKILL, (1, 1)),
     }
     draw = random.Random(5)
+
+    def end(run: Run, codes: set[int]) -> str:
+        ended = all(p.wait(timeout=PATIENCE) == 0 for p in pair(run, steps))
+        result = same(run, whole) if ended else "NO END"
+        return f"the other exits {', '.join(map(str, sorted(codes)))}, then {result}"
+
     for fault, (number, victims) in faults.items():
         run = Run(folder / fault.replace(" ", "-"), config=config)
         codes, seconds, lost = set(), [], []
@@ -408,13 +416,19 @@ def pairs(folder: Path, config: Path, steps: int) -> Iterator[Row]:
             seconds.append(time.monotonic() - since)
             processes[victim].wait(timeout=PATIENCE)
             lost.append(run.lost())
-        ended = all(p.wait(timeout=PATIENCE) == 0 for p in pair(run, steps))
-        said = f"the other exits {', '.join(map(str, sorted(codes)))}, then "
-        said += same(run, whole) if ended else "NO END"
-        yield Row(fault, len(victims), said, max(lost), max(seconds))
+        yield Row(fault, len(victims), end(run, codes), max(lost), max(seconds))
+    run = Run(folder / "unreadable", config=config)
+    processes = pair(run, steps, {"UNREADABLE": "33"})
+    while run.logged() < 33:
+        time.sleep(0.05)
+    since = time.monotonic()
+    assert processes[1].wait(timeout=2 * PATIENCE) != 0
+    codes = {processes[0].wait(timeout=2 * PATIENCE)}
+    seconds, lost = time.monotonic() - since, run.lost()
+    yield Row("data that one process cannot read", 1, end(run, codes), lost, seconds)
 
 
-def pair(run: Run, steps: int) -> list[subprocess.Popen]:
+def pair(run: Run, steps: int, second: dict[str, str] | None = None) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -423,11 +437,11 @@ def pair(run: Run, steps: int) -> list[subprocess.Popen]:
     return [
         subprocess.Popen(
             [sys.executable, __file__, *words, str(index)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"} | environment,
             stdout=log,
             stderr=log,
         )
-        for index in (0, 1)
+        for index, environment in enumerate(({}, second or {}))
     ]
 
 
@@ -475,12 +489,12 @@ def main() -> None:
         print("|---|---|---|---|---|", flush=True)
         rows = {
             "kills": lambda at: kills(at, whole, options.kills),
-            "end": lambda at: kills_at_the_end(at, whole, 10),
+            "end": lambda at: kills_at_the_end(at, whole, 6),
             "terminations": lambda at: terminations(at, whole, 5),
             "full": lambda at: full_disk(at, whole, 5),
             "data": lambda at: bad_data(at, whole),
             "damages": lambda at: damages(at, whole, options.flips),
-            "pairs": lambda at: pairs(at, whole.config, 60),
+            "pairs": lambda at: pairs(at, whole.config, 150),
         }
         for name in options.only or rows:
             for row in rows[name](place / name):
