@@ -391,7 +391,7 @@ def _fit(
 
 
 def _parameters(
-    experiment: Experiment, run: Path, folder: str | None, checkpoint: str = "last"
+    experiment: Experiment, run: Path, folder: str | None = None, checkpoint: str = "last"
 ) -> Params:
     """The averaged parameters of one of a run's checkpoints."""
     with _mistakes():
