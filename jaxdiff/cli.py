@@ -450,9 +450,13 @@ def _evaluate_run(
         mesh=mesh,
         progress=progress,
     )
-    if not _first():
-        return
-    report["seconds"] = time.perf_counter() - since
+    if _first():
+        _write_report(report, run, split, time.perf_counter() - since)
+    from_first(None)  # they end together
+
+
+def _write_report(report: dict[str, Any], run: Path, split: str, seconds: float) -> None:
+    report["seconds"] = seconds
     path = run / ("eval.json" if split == "test" else f"eval_{split}.json")
     # JSON has no word for what is not a finite number.
     finite = json.loads(json.dumps(report), parse_constant=lambda _: None)

@@ -201,7 +201,8 @@ def start_distributed(
         num_processes: the number of processes, by default `JAX_NUM_PROCESSES`, or likewise.
         process_id: this process's index in [0, num_processes), by default `JAX_PROCESS_ID`, or
             likewise.
-        heartbeat_timeout_seconds: how long a silent process counts as alive, in seconds, ≥ 1.
+        heartbeat_timeout_seconds: how long a silent process counts as alive, in seconds, ≥ 1; and
+            how long one that has come to its end waits for the others.
 
     Raises:
         ValueError: if a number is out of range, or the processes cannot meet.
@@ -220,6 +221,8 @@ def start_distributed(
             num_processes,
             process_id,
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+            # Or one that fails alone, on an image say, would wait for the others for minutes.
+            shutdown_timeout_seconds=heartbeat_timeout_seconds,
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
@@ -333,8 +336,8 @@ def _put(leaf: Any, sharding: NamedSharding) -> Any:
         # device_put of a typed key refuses devices of another process.
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-    if local and not sharding.is_fully_addressable:
+    alone = sharding.is_fully_addressable
+    if not alone and (not isinstance(leaf, jax.Array) or leaf.is_fully_addressable):
         # Each process puts its part; device_put would look for a way between the processes.
         array = np.asarray(leaf)
         return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
