@@ -448,6 +448,20 @@ def fit(
         devices = state.step.sharding.device_set
         meter = stack.enter_context(Meter(devices, flops_per_step=flops_per_step))
         ahead = stack.enter_context(_ahead(batches, range(start, steps), mesh))
+
+        def evaluate(step: int, params: Params) -> None:
+            if validate is not None:
+                numbers = validate(params)
+                log(step, {f"validation/{name}": value for name, value in numbers.items()})
+                if checkpoints is not None and "loss" in numbers:
+                    checkpoints.record_metric(step, float(numbers["loss"]))
+            if draw is not None and workdir is not None:
+                whole = _on_this_process(params, mesh)
+                if primary:
+                    path = workdir / "samples" / f"step-{step:06d}.png"
+                    path.parent.mkdir(exist_ok=True)
+                    draw(whole, path)
+
         for step in range(start + 1, steps + 1):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 with meter.waiting():
@@ -478,17 +492,8 @@ def fit(
                 raise SystemExit(128 + signal.SIGTERM)
             try:
                 with terminated.interrupts():
-                    if eval_due and validate is not None:
-                        numbers = validate(state.ema_params)
-                        log(step, {f"validation/{name}": value for name, value in numbers.items()})
-                        if checkpoints is not None and "loss" in numbers:
-                            checkpoints.record_metric(step, float(numbers["loss"]))
-                    if eval_due and draw is not None and workdir is not None:
-                        whole = _on_this_process(state.ema_params, mesh)
-                        if primary:
-                            path = workdir / "samples" / f"step-{step:06d}.png"
-                            path.parent.mkdir(exist_ok=True)
-                            draw(whole, path)
+                    if eval_due:
+                        evaluate(step, state.ema_params)
             except _Interrupted:
                 if not save_due:
                     _save(checkpoints, step, state, config)

@@ -1,6 +1,7 @@
 """A small run, for the tests of training, of checkpoints and of faults."""
 
 import json
+import socket
 from pathlib import Path
 
 import jax
@@ -84,3 +85,10 @@ def abstract(state):
 
 def largest_file(folder):
     return max((p for p in Path(folder).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def free_port():
+    """Of this machine, for processes to meet at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
+from runs import free_port
 
 from jaxdiff.checkpoints import Checkpoints, restore_ema
 from jaxdiff.cli import main
@@ -611,9 +611,7 @@ def test_an_image_that_breaks_on_the_way_is_one_line_and_code_1(
 
 
 def test_two_processes_leave_what_one_leaves(small_run, small, npz, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
+    coordinator = f"localhost:{free_port()}"
     words = ["train", small, "--workdir", tmp_path / "run", "--dataset", npz, "--distributed"]
     words += ["--coordinator", coordinator, "--num-processes", "2", "--process-id"]
     processes = [

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import free_port
 
 import jaxdiff as jd
 from jaxdiff import networks
@@ -125,9 +125,7 @@ def one():
 
 def two_processes(work, folder, *, timeout=280):
     """Runs this file's `work` in two processes of two devices; their outputs."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
     processes = [
         subprocess.Popen(

@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from runs import (
     Data,
     abstract,
     assert_same_bits,
+    free_port,
     largest_file,
     network_params,
     raw,
@@ -181,9 +181,7 @@ class Slow(Data):
 @contextlib.contextmanager
 def two_processes(task, folder):
     """They do a task of this file together; what they say goes to the folder's log."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     with (folder / "log").open("w") as log:
         processes = [
             subprocess.Popen(

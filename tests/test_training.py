@@ -4,7 +4,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 
@@ -19,6 +18,7 @@ from runs import (
     abstract,
     assert_same_bits,
     denoising_loss,
+    free_port,
     linear_loss,
     network_params,
     raw,
@@ -362,9 +362,7 @@ def test_a_run_saved_on_four_devices_goes_on_on_one(tmp_path):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen(

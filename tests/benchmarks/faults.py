@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
+from runs import free_port
 
 CONFIG = '''
 import os
@@ -429,9 +429,7 @@ def pairs(folder: Path, config: Path, steps: int) -> Iterator[Row]:
 
 
 def pair(run: Run, steps: int, second: dict[str, str] | None = None) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     log = run.log.open("w")
     words = ["--process", port, str(steps), str(run.config), str(run.folder)]
     return [
