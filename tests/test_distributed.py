@@ -64,10 +64,12 @@ def trained(mesh, **options):
     step = make_train_step(objective(), optimizer(), ema_decay=0.9, mesh=mesh, **options)
     params = NET.init(key(), jnp.zeros((1, 2)), jnp.zeros(1))
     state = init_state(params, optimizer(), key(), mesh=mesh)
-    batches, losses = Batches({"x": DATA}, SIZE), []
+    batches, losses, norms = Batches({"x": DATA}, SIZE), [], []
     for i in range(STEPS):
         state, metrics = step(state, shard_batch(batches[i], mesh))
         losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
+    assert max(map(float, norms)) > 0.5  # or gradients were never clipped
     return state, np.asarray(jax.device_get(losses))
 
 
