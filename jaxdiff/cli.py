@@ -190,8 +190,8 @@ def _unboxed(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Machines:
-    """Which processes and devices take part."""
+class _Processes:
+    """Which processes take part."""
 
     distributed: bool = False
     """One of several processes that each run this command. On Cloud TPU, Slurm, Kubernetes and Open
@@ -202,23 +202,20 @@ class _Machines:
     """How many processes; or JAX_NUM_PROCESSES."""
     process_id: int | None = None
     """Which of them this is, from 0; or JAX_PROCESS_ID."""
-    heartbeat_timeout: int = 30
-    """Seconds after which the others stop, where a process has died."""
-    fsdp: int = 1
-    """How many devices share one copy of parameters, average and moments."""
+    heartbeat_timeout: int | None = None
+    """Seconds after which the others stop, where a process has died; 30 if not given."""
 
     def join(self) -> None:
         """Meets the other processes; before anything touches a device."""
         named = (self.coordinator, self.num_processes, self.process_id)
+        timeout = self.heartbeat_timeout
         if self.distributed:
-            start_distributed(*named, heartbeat_timeout_seconds=self.heartbeat_timeout)
-        elif any(value is not None for value in named):
-            raise ValueError("--coordinator, --num-processes and --process-id need --distributed.")
-
-    def mesh(self, *, needed: bool = False) -> Mesh | None:
-        """All devices, or None for a single one that does without."""
-        several = jax.device_count() > 1 or self.fsdp != 1
-        return data_mesh(fsdp=self.fsdp) if several or needed else None
+            start_distributed(*named, heartbeat_timeout_seconds=30 if timeout is None else timeout)
+        elif any(value is not None for value in (*named, timeout)):
+            raise ValueError(
+                "--coordinator, --num-processes, --process-id and --heartbeat-timeout need "
+                "--distributed."
+            )
 
 
 def _train_options(config: type) -> type:
@@ -230,9 +227,19 @@ def _train_options(config: type) -> type:
             ("config", Annotated[tyro.conf.OmitArgPrefixes[config], tyro.conf.arg(name="")]),
             ("progress", Annotated[bool, tyro.conf.arg(help="Show a progress bar.")], True),
             (
-                "machines",
-                Annotated[tyro.conf.OmitArgPrefixes[_Machines], tyro.conf.arg(name="")],
-                _Machines(),
+                "processes",
+                Annotated[tyro.conf.OmitArgPrefixes[_Processes], tyro.conf.arg(name="")],
+                _Processes(),
+            ),
+            (
+                "fsdp",
+                Annotated[
+                    int,
+                    tyro.conf.arg(
+                        help="How many devices share one copy of parameters, average and moments."
+                    ),
+                ],
+                1,
             ),
             (
                 "checkpoint_dir",
@@ -294,14 +301,15 @@ def _train(words: Sequence[str]) -> None:
     with _mistakes():
         module = load_config(source)
         options: Any = _parse(_train_options(module.Config), words[1:], f"jaxdiff train {source}")
-        options.machines.join()
+        options.processes.join()
         experiment = module.experiment(options.config)
         profile_steps = _window(options.profile_steps)
         profile_window(profile_steps, experiment.steps)
         if options.wandb is not None:
             import_wandb()
         batches = experiment.batches()
-        mesh = options.machines.mesh(needed=options.by != "jit")
+        several = jax.device_count() > 1 or options.fsdp != 1 or options.by != "jit"
+        mesh = data_mesh(fsdp=options.fsdp) if several else None
         devices = 1 if mesh is None else len(mesh.local_devices)
         check_divisible(batches[0], devices, experiment.accumulate)
         jax.eval_shape(experiment.init, jax.random.key(0))
@@ -322,6 +330,7 @@ def _train(words: Sequence[str]) -> None:
         batches,
         options.workdir,
         mesh,
+        by=options.by,
         checkpoint_dir=options.checkpoint_dir,
         progress=options.progress,
         profile_steps=profile_steps,
@@ -357,6 +366,7 @@ def _fit(
     workdir: Path,
     mesh: Mesh | None,
     *,
+    by: str,
     checkpoint_dir: str | None,
     progress: bool,
     profile_steps: tuple[int, int] | None,
@@ -369,6 +379,7 @@ def _fit(
     params = jax.jit(experiment.init, out_shardings=shardings)(init_key)
     state = init_state(params, experiment.optimizer, train_key, mesh=mesh)
     batch = batches[0] if mesh is None else shard_batch(batches[0], mesh)
+    programs = jax.process_count() if by == "pmap" else 1  # each process has its own
     fit(
         train_step,
         state,
@@ -383,7 +394,7 @@ def _fit(
         ),
         progress=progress,
         mesh=mesh,
-        flops_per_step=flops.count(train_step, state, batch),
+        flops_per_step=flops.count(train_step, state, batch) * programs,
         profile_steps=profile_steps,
         wandb=wandb,
         **experiment.intervals,
@@ -516,7 +527,8 @@ def _sample(words: Sequence[str]) -> None:
 class _EvaluateOptions(_RunOptions):
     """Evaluates a trained run: eval.json, a row an example in likelihood_SPLIT.csv, and pictures.
 
-    The same call goes on with rows that were interrupted.
+    The same call goes on with rows that were interrupted. Over several processes RUN must be on
+    every host.
     """
 
     split: str = "test"
@@ -525,7 +537,7 @@ class _EvaluateOptions(_RunOptions):
     """Seed of noise and probes."""
     progress: bool = True
     """Show a progress bar."""
-    machines: tyro.conf.OmitArgPrefixes[_Machines] = _Machines()
+    processes: tyro.conf.OmitArgPrefixes[_Processes] = _Processes()
 
 
 def _evaluate(words: Sequence[str]) -> None:
@@ -534,7 +546,7 @@ def _evaluate(words: Sequence[str]) -> None:
         _check_seed(options.seed)
         if options.split not in SPLITS:
             raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {options.split!r}.")
-        options.machines.join()
+        options.processes.join()
         experiment = load_run(options.run)
         experiment.batches()  # the data are there, and of the run's shape
         if options.split != "test" and experiment.likelihood is None:
@@ -547,7 +559,7 @@ def _evaluate(words: Sequence[str]) -> None:
         seed=options.seed,
         split=options.split,
         progress=options.progress,
-        mesh=options.machines.mesh(),
+        mesh=data_mesh() if jax.device_count() > 1 else None,
     )
 
 

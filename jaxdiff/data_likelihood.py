@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxdiff import metrics
 from jaxdiff.compile import jit
 from jaxdiff.experiment import Likelihood
-from jaxdiff.parallel import from_first, per_shard, to_host
+from jaxdiff.parallel import from_first, per_shard, replicate, to_host
 from jaxdiff.typing import Key, Params
 
 __all__ = ["in_chunks", "likelihood_report", "likelihood_rows", "likelihood_sweeps"]
@@ -99,12 +99,15 @@ def likelihood_rows(
     count = len(jax.tree.leaves(examples)[0])
     if count == 0:
         raise ValueError("examples must hold one at least, got none.")
-    size = min(likelihood.size, count)
-    if mesh is not None and size >= mesh.size:
-        size -= size % mesh.size
-    elif mesh is not None:
-        mesh, params = None, to_host(params)
-    fingerprint = f"{_checksum((params, examples, jax.random.key_data(key), size)):08x}"
+    mesh = mesh if mesh is not None and count >= mesh.size else None  # else some had nothing
+    devices = 1 if mesh is None else mesh.size
+    size = min(likelihood.size * devices, count // devices * devices)
+    on_host = to_host(params)
+    if mesh is not None:
+        params = replicate(params, mesh)
+    elif jax.process_count() > 1:  # of which each does the same
+        params = jax.device_put(on_host)
+    fingerprint = f"{_checksum((on_host, examples, jax.random.key_data(key), size)):08x}"
     rows = from_first([] if path is None else _read(path, fingerprint, size, count))
     path = path if jax.process_index() == 0 else None
     solve = _solver(likelihood.estimate, mesh, _solves(likelihood))

@@ -45,7 +45,7 @@ class Likelihood:
         further: (examples, −log p [n]) ↦ JSON-able entries of the report, or None.
         sweeps: option of `estimate` ↦ values of it: how accurate it is shown to be. One that has
             "tolerance" solves an equation, and also takes `per_example=True`.
-        size: examples at a time.
+        size: examples at a time, on each device.
         example: shapes and dtypes of one example, if they are known without the data.
     """
 

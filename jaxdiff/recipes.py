@@ -32,7 +32,7 @@ from jaxdiff.data_likelihood import in_chunks
 from jaxdiff.experiment import FREE, Experiment, Likelihood
 from jaxdiff.likelihood import log_likelihood
 from jaxdiff.objectives import vdm
-from jaxdiff.parallel import per_shard, to_host
+from jaxdiff.parallel import per_shard, replicate, to_host
 from jaxdiff.parameterizations import NetDenoiser, Parameterization
 from jaxdiff.processes.base import Denoiser, of_whole_batch
 from jaxdiff.processes.gaussian import Gaussian, Rescaled
@@ -774,7 +774,7 @@ def samplers(
     Args:
         run: (params, keys [n], **options of `sample`) ↦ samples [n, …], or all of the trajectory.
         grid: its times.
-        size: samples at a time.
+        size: samples at a time, on each device.
 
     Returns:
         Sample i of a key is the same whatever their number and the devices of a mesh, which share
@@ -785,14 +785,9 @@ def samplers(
     def sample(params, key, num, mesh=None):
         if mesh is None:
             return jnp.concatenate(in_chunks(functools.partial(run, params), key, num, size=size))
-        devices = mesh.size
-        chunks = in_chunks(
-            functools.partial(shared(mesh), params),
-            key,
-            num + -num % devices,
-            size=max(size - size % devices, devices),
-        )
-        return jnp.concatenate(to_host(chunks))[:num]
+        even = num + -num % mesh.size
+        draw = functools.partial(shared(mesh), replicate(params, mesh))
+        return jnp.concatenate(to_host(in_chunks(draw, key, even, size=size * mesh.size)))[:num]
 
     def trajectory(params, key, num):
         states = run(params, jax.random.split(key, num), trajectory=True)

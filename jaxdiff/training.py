@@ -148,6 +148,9 @@ def make_train_step(
     fold_in(fold_in(key, n), i). On whatever devices, that is the same update; for another k the
     noise is another. By "jit" devices meet after each part, by the others after the last.
 
+    Of a state that is split a device keeps its part, but during the step it is sent all parameters,
+    and its own gradients are whole: these must fit.
+
     Args:
         objective: the per-example loss.
         optimizer: the optax transformation of `init_state`.
@@ -196,9 +199,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         grads, metrics = gradient(state.params, key, batch)
-        if by == "jit" and mesh is not None:
-            grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
-        elif by != "jit":
+        if by != "jit":
             flat, unravel = ravel_pytree((grads, metrics))
             grads, metrics = unravel(jax.lax.pmean(flat, "data"))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -218,13 +219,14 @@ def make_eval_step(
     """The mean loss of any number of examples: give the same key to compare like with like.
 
     They are taken in batches of one size, batch i with the key fold_in(key, i), and what the last
-    one lacks is made up by copies of its last example, which do not count. So every example counts
-    once, one program serves all, and the number of devices changes nothing.
+    one lacks, or one to be shared by the devices, is made up by copies of its last example, which
+    do not count. So every example counts once, one program serves all, and the number of devices
+    changes nothing; but where it does not divide the size, times that are drawn for a batch
+    together.
 
     Args:
         objective: the per-example loss.
-        size: examples at a time, over all devices, ≥ 1; if they do not divide it, the next higher
-            number that they do.
+        size: examples at a time, over all devices, ≥ 1.
         mesh: the mesh from `data_mesh`; the default device if None.
 
     Returns:
@@ -237,17 +239,17 @@ def make_eval_step(
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    size += -size % (1 if mesh is None else mesh.size)
+    places = size + -size % (1 if mesh is None else mesh.size)
 
     @jax.jit
     def sums(params: Params, key: Key, batch: Batch, count: Array) -> Metrics:
         losses, metrics = objective(params, key, batch)
-        counted = jnp.arange(size) < count
+        counted = jnp.arange(places) < count
 
         def total(value: Array) -> Array:
-            if value.shape[:1] != (size,):
+            if value.shape[:1] != (places,):
                 return count * jnp.mean(value)
-            of_example = jnp.mean(value.reshape(size, -1), axis=1)
+            of_example = jnp.mean(value.reshape(places, -1), axis=1)
             return jnp.sum(jnp.where(counted, of_example, 0.0))
 
         return jax.tree.map(total, {**metrics, "loss": losses})
@@ -258,10 +260,10 @@ def make_eval_step(
         params = params if mesh is None else replicate(params, mesh)
         means: dict[str, float] = {}
         for i, first in enumerate(range(0, number, size)):
-            index = np.minimum(np.arange(first, first + size), number - 1)
+            count = min(size, number - first)
+            index = first + np.minimum(np.arange(places), count - 1)
             batch = {name: np.asarray(array)[index] for name, array in examples.items()}
             batch = batch if mesh is None else split(batch, mesh)
-            count = min(size, number - first)
             found = sums(params, jax.random.fold_in(key, i), batch, np.int32(count))
             for name, value in jax.device_get(found).items():
                 means[name] = means.get(name, 0.0) + float(value) / number

@@ -231,6 +231,7 @@ OPTIONS = {
     "uneven parts": (["--accumulate", "3"], "1 devices × 3 parts"),
     "too few devices": (["--fsdp", "2"], "fsdp must be a divisor of 1 devices, got 2"),
     "alone among others": (["--coordinator", "localhost:1"], "--distributed"),
+    "heart-beat of one": (["--heartbeat-timeout", "9"], "--distributed"),
     "no heart-beat": (["--distributed", "--heartbeat-timeout", "0"], "heartbeat_timeout"),
     "process out of range": (
         ["--distributed", "--num-processes", "2", "--process-id", "2"],
@@ -273,6 +274,14 @@ def test_wandb_without_its_package_is_one_line(refused, monkeypatch):
 @pytest.mark.devices(4)
 def test_a_batch_that_devices_cannot_share_is_one_line(refused):
     assert "multiple of 4 devices" in refused("--batch-size", "6")
+
+
+def test_parts_reach_the_step(refused, monkeypatch):
+    def make(*args, accumulate, **options):
+        raise ValueError(f"told {accumulate}")
+
+    monkeypatch.setattr("jaxdiff.cli.make_train_step", make)
+    assert "told 2" in refused("--accumulate", "2")
 
 
 COMMANDS = {

@@ -316,9 +316,9 @@ def test_sweeps_compile_one_program_for_all_tolerances():
 
 
 @pytest.mark.devices(4)
-@pytest.mark.parametrize("size", [8, 11])
-def test_devices_share_a_chunk(size):
-    """Eleven are cut to eight, which four devices share; the values are those of one device."""
+@pytest.mark.parametrize(("size", "each"), [(2, 2), (8, 5)])
+def test_devices_share_a_chunk(size, each):
+    """Each has so many, or of fewer what goes into equal parts; the values are the same."""
     calls = []
 
     def watched(params, keys, x, **options):
@@ -326,7 +326,7 @@ def test_devices_share_a_chunk(size):
         return estimate(params, keys, x, **options)
 
     rows = likelihood_rows(parts(watched, size=size), SHIFT, X, KEY, mesh=data_mesh())
-    assert set(calls) == {(2, 2)}
+    assert set(calls) == {(each, 2)}
     alone = likelihood_rows(parts(), SHIFT, X, KEY)
     np.testing.assert_allclose(rows["nll_nats"], alone["nll_nats"], atol=0.02)
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from runs import free_port
 import jaxdiff as jd
 from jaxdiff import networks
 from jaxdiff.data.batches import Batches
-from jaxdiff.data_likelihood import in_chunks
+from jaxdiff.data_likelihood import in_chunks, likelihood_rows
 from jaxdiff.parallel import (
     data_mesh,
     from_first,
@@ -81,19 +82,20 @@ def judged(params, mesh):
         denoise = jd.NetDenoiser(params, PROCESS, NET.apply, jd.epsilon())
         return jd.sample(jd.Ancestral(PROCESS), denoise, jd.grids.uniform(5), keys, x)
 
-    def log_p(params, keys, x):
+    def estimate(params, keys, x):
         denoise = jd.NetDenoiser(params, PROCESS, NET.apply, jd.epsilon())
-        return jd.log_likelihood(PROCESS, denoise, x, key=keys, probes=1, per_example=True).value
+        return jd.log_likelihood(PROCESS, denoise, x, key=keys, probes=1, per_example=True)
 
-    def run(function, *arrays, size):
-        shared = functools.partial(per_shard(function, mesh), params)
-        chunks = in_chunks(shared, key(), 16, *arrays, size=size)
-        return np.concatenate(to_host(chunks))
+    def rows(count):  # of three there are fewer than devices
+        likelihood = jd.Likelihood(examples=lambda split, key: DATA, estimate=estimate, size=2)
+        return likelihood_rows(likelihood, params, DATA[:count], key(), mesh=mesh)["nll_nats"]
 
+    drawn = in_chunks(functools.partial(per_shard(samples, mesh), params), key(), 16, size=16)
     validation = make_eval_step(objective(), size=8, mesh=mesh)(params, key(), {"x": DATA})
     return {
-        "samples": run(samples, size=16),
-        "log_p": run(log_p, DATA[:16], size=8),
+        "samples": np.concatenate(to_host(drawn)),
+        "log_p": rows(16),
+        "few": rows(3),
         "validation": np.array(validation["loss"]),
     }
 
@@ -160,7 +162,7 @@ def assert_the_same_run(found, one):
         for part in ("params", "ema", "losses"):
             if f"{name}/{part}" in found:
                 assert_alike(found[f"{name}/{part}"], one[f"{alone}/{part}"], f"{name}/{part}")
-    for name in ("samples", "log_p", "validation"):
+    for name in ("samples", "log_p", "few", "validation"):
         np.testing.assert_allclose(found[name], one[name], rtol=1e-4, atol=1e-5)
 
 
@@ -192,7 +194,7 @@ def test_fsdp_keeps_a_part_of_the_state_and_its_losses():
     net = networks.UNet(width=32, multipliers=(1,), blocks=1, attention=())
     x = jax.random.normal(key(), (8, 8, 8, 1))
     loss = jd.denoising(net.apply, PROCESS, jd.epsilon())
-    losses, sizes = [], []
+    losses, sizes, data = [], [], shard_batch({"x": x}, data_mesh())
     for mesh in (data_mesh(), data_mesh(fsdp=8)):
         step = make_train_step(loss, optimizer(), ema_decay=0.9, mesh=mesh)
         params = net.init(key(), x[:1], jnp.zeros(1))
@@ -201,13 +203,18 @@ def test_fsdp_keeps_a_part_of_the_state_and_its_losses():
         losses.append([])
         for _ in range(3):
             old = state
-            state, metrics = step(state, shard_batch({"x": x}, mesh))
+            state, metrics = step(state, data)
             losses[-1].append(float(metrics["loss"]))
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == before
         sizes.append(bytes_of_a_device(state))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert sizes[1] < sizes[0] / 6
+    # Each part of the parameters is sent once, and activations stay where they are.
+    program = jax.jit(step).lower(state, data).compile().as_text()
+    parts = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
+    assert len(re.findall(r" all-gather\(", program)) == len(parts) > 10
+    assert not re.search(r"all-to-all|collective-permute", program)
 
 
 def write_outcome(folder, index):

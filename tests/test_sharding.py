@@ -17,6 +17,7 @@ from jaxdiff.objectives.dequantization import dequantized
 from jaxdiff.objectives.elbo import discrete_decoder
 from jaxdiff.processes import d3pm
 from jaxdiff.processes.base import example_indices, example_keys, of_whole_batch
+from jaxdiff.recipes import samplers
 
 pytestmark = pytest.mark.devices(4)
 X = jax.random.normal(KEY, (8, 2))
@@ -139,6 +140,15 @@ def test_one_key_for_all_devices_is_that_of_the_whole_batch(name):
     expected = jax.jit(function)((denoise, KEY), X)
     found = jd.parallel.per_shard(function, jd.parallel.data_mesh())((denoise, KEY), X)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_are_the_same_on_devices_that_do_not_divide_their_number():
+    def run(scale, keys, **options):
+        return scale * jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
+
+    sample, _ = samplers(run, jnp.zeros(2), size=2)
+    alone = sample(jnp.float32(3.0), KEY, 10)
+    np.testing.assert_array_equal(sample(jnp.float32(3.0), KEY, 10, jd.parallel.data_mesh()), alone)
 
 
 def test_each_shard_has_masks_of_dropout_of_its_own():
