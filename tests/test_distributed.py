@@ -40,10 +40,10 @@ WAYS = {
     "pmap": ({}, {"by": "pmap"}),
     "fsdp": ({"fsdp": 2}, {}),
 }
-ACCUMULATED = {
-    f"{way}, two parts": (mesh, o | {"accumulate": 2}) for way, (mesh, o) in WAYS.items()
+ALL = WAYS | {
+    f"{way}, two parts": (WAYS[way][0], WAYS[way][1] | {"accumulate": 2})
+    for way in ("jit", "shard_map")
 }
-ALL = WAYS | ACCUMULATED
 
 
 @functools.cache

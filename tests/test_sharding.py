@@ -148,7 +148,8 @@ def test_samples_are_the_same_on_devices_that_do_not_divide_their_number():
 
     sample, _ = samplers(run, jnp.zeros(2), size=2)
     alone = sample(jnp.float32(3.0), KEY, 10)
-    np.testing.assert_array_equal(sample(jnp.float32(3.0), KEY, 10, jd.parallel.data_mesh()), alone)
+    shared = sample(jnp.float32(3.0), KEY, 10, jd.parallel.data_mesh())
+    np.testing.assert_allclose(shared, alone, rtol=1e-6)
 
 
 def test_each_shard_has_masks_of_dropout_of_its_own():
