@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from benchmarks import faults
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -249,6 +250,31 @@ def test_what_one_process_cannot_read_both_pass_over(tmp_path):
         codes = [process.wait(timeout=90) for process in processes]
     assert codes == [0, 0], (tmp_path / "log").read_text()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "damaged-2"]
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two processes of `jaxdiff train`, as the benchmark of faults starts them."""
+    (tmp_path / "config.py").write_text(faults.CONFIG)
+    return faults.Run(tmp_path / "two", "--steps", "6")
+
+
+def ended(processes, seconds=120):
+    """Their exit codes."""
+    try:
+        return [process.wait(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_two_processes_of_the_benchmark_come_to_their_end(two):
+    assert ended(two.start_two()) == [0, 0]
+    leaves, report = two.result()
+    assert two.saved() == two.logged() == 6
+    assert "params" in leaves
+    assert report.keys() == {"likelihood", "mean", "seconds"}
 
 
 def damage(folder):
