@@ -2,7 +2,8 @@
 
 A user's mistake is answered with one line and exit code 2, before anything is written: values and
 files are looked at while a run is composed. What fails later has exit code 1, with one line where a
-run can fail without anyone's mistake, and with the traceback of a bug otherwise.
+run can fail without anyone's mistake, and with the traceback of a bug otherwise. Of several
+processes one that fails alone leaves at once, and so ends the others.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -118,20 +120,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         commands[words[0]](words[1:])
     except CheckpointMismatch as error:
-        _fail(f"{error}; give another folder.")
-    except (CheckpointError, DatasetError, NonFiniteLoss) as error:
+        _fail(f"{error}; give another folder.", together=True)
+    except NonFiniteLoss as error:
+        _fail(str(error), code=1, together=True)
+    except (CheckpointError, DatasetError) as error:
         _fail(str(error), code=1)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        _fail(f"{error}; once there is space, the same command goes on.", code=1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on.", code=130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            _fail(f"{error}; once there is space, the same command goes on.", code=1)
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        _leave(1)
 
 
-def _fail(message: str, *, code: int = 2) -> NoReturn:
+def _fail(message: str, *, code: int = 2, together: bool = False) -> NoReturn:
+    """Ends the process with one line; all of several alike, or this one alone."""
     print(f"jaxdiff: error: {' '.join(message.split())}", file=sys.stderr)
+    if jax.distributed.is_initialized() and not together:
+        _leave(code)
     raise SystemExit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once: on its way out it would wait for others, which wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -313,9 +330,7 @@ def _train(words: Sequence[str]) -> None:
             by=options.by,
             accumulate=experiment.accumulate,
         )
-        if _first():
-            save_run(options.workdir, source, experiment.config)
-        from_first(None)  # before that, no one else may write
+    _begin(options.workdir, source, experiment)
     _fit(
         experiment,
         train_step,
@@ -334,6 +349,18 @@ def _train(words: Sequence[str]) -> None:
     _evaluate_run(
         experiment, params, options.workdir, seed=seed, progress=options.progress, mesh=mesh
     )
+
+
+def _begin(workdir: Path, source: Path, experiment: Experiment) -> None:
+    """Makes the run's folder, before anyone else writes to it, or refuses it on all processes."""
+    refused = None
+    if _first():
+        try:
+            save_run(workdir, source, experiment.config)
+        except (ValueError, OSError) as error:
+            refused = str(error)
+    if (refused := from_first(refused)) is not None:
+        _fail(refused, together=True)
 
 
 def _first() -> bool:

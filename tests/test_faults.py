@@ -277,6 +277,25 @@ def test_two_processes_of_the_benchmark_come_to_their_end(two):
     assert report.keys() == {"likelihood", "mean", "seconds"}
 
 
+def test_a_folder_that_is_refused_ends_both_at_once(two):
+    two.folder.mkdir()
+    (two.folder / "notes").touch()
+    assert ended(two.start_two(), 60) == [2, 2]
+    for log in two.logs:
+        assert "is not empty and not a run" in log.read_text().splitlines()[-1]
+    assert [path.name for path in two.folder.iterdir()] == ["notes"]
+
+
+def test_an_error_of_one_process_ends_the_other(two):
+    processes = two.start_two(UNREADABLE="3")
+    failed = processes[1].wait(timeout=120)
+    since = time.monotonic()
+    assert 0 not in ended(processes)
+    assert time.monotonic() - since < 2 * faults.HEARTBEAT
+    assert failed == 1
+    assert "OSError: the data cannot be read" in two.logs[1].read_text()
+
+
 def damage(folder):
     mesh = data_mesh()
     state = init_state(network_params(1024), optax.sgd(0.1), jax.random.key(0), mesh=mesh)

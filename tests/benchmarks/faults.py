@@ -123,6 +123,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.options = folder / "run", options
         self.config, self.log = config or folder.parent / "config.py", folder / "stderr"
+        self.logs = [folder / "stderr-0", folder / "stderr-1"]
 
     def start(self, *others: str, log: Path | None = None, **environment: str) -> subprocess.Popen:
         words = ["train", str(self.config), "--workdir", str(self.folder), "--no-progress"]
@@ -139,10 +140,8 @@ class Run:
         words = ["--distributed", "--coordinator", f"localhost:{free_port()}"]
         words += ["--num-processes", "2", "--heartbeat-timeout", str(HEARTBEAT), "--process-id"]
         return [
-            self.start(
-                *words, i, log=self.log.with_name(f"stderr-{i}"), JAX_NUM_CPU_DEVICES="2", **own
-            )
-            for i, own in (("0", {}), ("1", second))
+            self.start(*words, str(i), log=self.logs[i], JAX_NUM_CPU_DEVICES="2", **own)
+            for i, own in enumerate(({}, second))
         ]
 
     def finish(self, **environment: str) -> int:
