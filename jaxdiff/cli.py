@@ -342,6 +342,7 @@ def _train(words: Sequence[str]) -> None:
         profile_steps=profile_steps,
         wandb=options.wandb,
     )
+    _heed_sigterm()
     params = _parameters(experiment, options.workdir, options.checkpoint_dir)
     picture, seed = options.workdir / "samples.png", experiment.seed
     _draw_samples(experiment, params, picture, num=experiment.shown[0], seed=seed, mesh=mesh)
@@ -417,6 +418,12 @@ def _fit(
     )
 
 
+def _heed_sigterm() -> None:
+    """JAX keeps SIGTERM from a process that could save; from here on there is nothing to save."""
+    if jax.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _parameters(
     experiment: Experiment, run: Path, folder: str | None = None, checkpoint: str = "last"
 ) -> Params:
@@ -464,9 +471,6 @@ def _evaluate_run(
     progress: bool,
     mesh: Mesh | None,
 ) -> None:
-    if jax.distributed.is_initialized():
-        # JAX keeps SIGTERM from a process that could save; here there is nothing more to save.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     since = time.perf_counter()
     report = evaluate(
         experiment,
@@ -562,6 +566,7 @@ def _evaluate(words: Sequence[str]) -> None:
         if options.split not in SPLITS:
             raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {options.split!r}.")
         options.machines.join()
+        _heed_sigterm()
         experiment = load_run(options.run)
         experiment.batches()  # the data are there, and of the run's shape
         if options.split != "test" and experiment.likelihood is None:

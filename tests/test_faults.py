@@ -296,6 +296,22 @@ def test_an_error_of_one_process_ends_the_other(two):
     assert "OSError: the data cannot be read" in two.logs[1].read_text()
 
 
+def test_sigterm_after_the_last_step_ends_both(two):
+    """While a trajectory is drawn; JAX would have kept the signal to itself."""
+    slow = "time.sleep(100)\n        return sample(params, key, n, trajectory=True)"
+    text = faults.CONFIG.replace("return sample(params, key, n, trajectory=True)", slow)
+    two.config.write_text("import time\n" + text)
+    processes = two.start_two()
+    two.wait_for(6, processes[0])
+    while not (two.folder / "samples.png").exists() and processes[0].poll() is None:
+        time.sleep(0.05)
+    for process in processes:
+        process.terminate()
+    codes = ended(processes, faults.HEARTBEAT)
+    assert codes[0] == -signal.SIGTERM
+    assert codes[1] in (-signal.SIGTERM, -signal.SIGABRT)  # the coordinator may take it along
+
+
 def damage(folder):
     mesh = data_mesh()
     state = init_state(network_params(1024), optax.sgd(0.1), jax.random.key(0), mesh=mesh)
