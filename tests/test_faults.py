@@ -1,6 +1,7 @@
 """Runs that end before they are done: a second start goes on as if nothing had been."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -38,6 +39,7 @@ from jaxdiff.checkpoints import (
     restore_config,
     restore_ema,
 )
+from jaxdiff.experiment import save_run
 from jaxdiff.parallel import data_mesh, start_distributed
 from jaxdiff.training import init_state
 
@@ -151,22 +153,55 @@ def test_sigterm_breaks_off_an_evaluation(tmp_path, due):
     assert again.asked == list(range(due, STEPS))
 
 
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A full disk, as far as a process can tell; size in bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_full_disk_is_one_error_and_spoils_nothing(tmp_path):
     """No file may outgrow half of the parameters': the save fails behind the loop's back."""
     params = network_params(4096)
     half_way = run(tmp_path, Data(), steps=3, params=params)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=f"cannot be written to {tmp_path}"):
-            run(tmp_path, Data(), params=params)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        files_of_at_most(30_000),
+        pytest.raises(CheckpointError, match=f"cannot be written to {tmp_path}"),
+    ):
+        run(tmp_path, Data(), params=params)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert_same_bits(checkpoints.restore_latest(abstract(half_way)), half_way)
     again = Data()
     assert_same_bits(run(tmp_path, again, params=params), run(None, Data(), params=params))
     assert again.asked == list(range(3, STEPS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int
+
+
+def test_a_full_disk_spoils_no_run_at_its_start(tmp_path):
+    folder, source = tmp_path / "run", tmp_path / "config.py"
+    source.write_text("# a config of some length\n")
+    for config in (Config(steps=6), Config(steps=100)):  # a new run, and one that is made longer
+        kept = contents(folder)
+        with files_of_at_most(8), pytest.raises(OSError, match="too large"):
+            save_run(folder, source, config)
+        assert contents(folder).items() >= kept.items()
+        save_run(folder, source, config)
+        with files_of_at_most(8):
+            save_run(folder, source, config)  # who goes on writes nothing
+        values = f'{{\n  "steps": {config.steps}\n}}\n'
+        assert contents(folder) == {"config.py": source.read_text(), "config.json": values}
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.glob("*")}
 
 
 class Slow(Data):
