@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -311,6 +312,8 @@ def _train(words: Sequence[str]) -> None:
     with _mistakes():
         module = load_config(source)
         options: Any = _parse(_train_options(module.Config), words[1:], f"jaxdiff train {source}")
+        _check_workdir(options.workdir)
+        _check_reachable(options.checkpoint_dir)
         options.machines.join()
         experiment = module.experiment(options.config)
         profile_steps = _window(options.profile_steps)
@@ -350,6 +353,20 @@ def _train(words: Sequence[str]) -> None:
     _evaluate_run(
         experiment, params, options.workdir, seed=seed, progress=options.progress, mesh=mesh
     )
+
+
+def _check_workdir(workdir: Path) -> None:
+    if remote := re.match(r"(\w{2,}):/", str(workdir)):  # of two slashes a path keeps one
+        raise ValueError(
+            f"--workdir must be a local folder, got {workdir}; --checkpoint-dir may be on "
+            f"{remote[1]}://."
+        )
+
+
+def _check_reachable(folder: str | None) -> None:
+    ways = ("gcsfs", "tensorflow")  # etils takes the latter where it is installed
+    if folder is not None and folder.startswith("gs://") and not any(map(find_spec, ways)):
+        raise ValueError(f"--checkpoint-dir {folder} needs gcsfs: pip install 'jaxdiff[gcs]'.")
 
 
 def _begin(workdir: Path, source: Path, experiment: Experiment) -> None:
@@ -429,6 +446,7 @@ def _parameters(
 ) -> Params:
     """The averaged parameters of one of a run's checkpoints."""
     with _mistakes():
+        _check_reachable(folder)
         if folder is None and not (run / "checkpoints").is_dir():
             raise ValueError(f"RUN {run} has no checkpoint yet; train it first.")
         abstract = jax.eval_shape(experiment.init, jax.random.key(0))
