@@ -2,7 +2,8 @@
 
 A user's mistake is answered with one line and exit code 2, before anything is written: values and
 files are looked at while a run is composed. What fails later has exit code 1, with one line where a
-run can fail without anyone's mistake, and with the traceback of a bug otherwise.
+run can fail without anyone's mistake, and with the traceback of a bug otherwise. Of several
+processes one that fails alone leaves at once, and so ends the others.
 """
 
 import contextlib
@@ -16,7 +17,9 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -118,20 +121,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         commands[words[0]](words[1:])
     except CheckpointMismatch as error:
-        _fail(f"{error}; give another folder.")
-    except (CheckpointError, DatasetError, NonFiniteLoss) as error:
+        _fail(f"{error}; give another folder.", together=True)
+    except NonFiniteLoss as error:
+        _fail(str(error), code=1, together=True)
+    except (CheckpointError, DatasetError) as error:
         _fail(str(error), code=1)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        _fail(f"{error}; once there is space, the same command goes on.", code=1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on.", code=130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            _fail(f"{error}; once there is space, the same command goes on.", code=1)
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        _leave(1)
 
 
-def _fail(message: str, *, code: int = 2) -> NoReturn:
+def _fail(message: str, *, code: int = 2, together: bool = False) -> NoReturn:
+    """Ends the process with one line; all of several alike, or this one alone."""
     print(f"jaxdiff: error: {' '.join(message.split())}", file=sys.stderr)
+    if jax.distributed.is_initialized() and not together:
+        _leave(code)
     raise SystemExit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once: on its way out it would wait for others, which wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -301,6 +319,8 @@ def _train(words: Sequence[str]) -> None:
     with _mistakes():
         module = load_config(source)
         options: Any = _parse(_train_options(module.Config), words[1:], f"jaxdiff train {source}")
+        _check_workdir(options.workdir)
+        _check_reachable(options.checkpoint_dir)
         options.processes.join()
         experiment = module.experiment(options.config)
         profile_steps = _window(options.profile_steps)
@@ -321,9 +341,7 @@ def _train(words: Sequence[str]) -> None:
             by=options.by,
             accumulate=experiment.accumulate,
         )
-        if _first():
-            save_run(options.workdir, source, experiment.config)
-        from_first(None)  # before that, no one else may write
+    _begin(options.workdir, source, experiment)
     _fit(
         experiment,
         train_step,
@@ -336,6 +354,7 @@ def _train(words: Sequence[str]) -> None:
         profile_steps=profile_steps,
         wandb=options.wandb,
     )
+    _heed_sigterm()
     params = _parameters(experiment, options.workdir, options.checkpoint_dir)
     picture, seed = options.workdir / "samples.png", experiment.seed
     _draw_samples(experiment, params, picture, num=experiment.shown[0], seed=seed, mesh=mesh)
@@ -343,6 +362,32 @@ def _train(words: Sequence[str]) -> None:
     _evaluate_run(
         experiment, params, options.workdir, seed=seed, progress=options.progress, mesh=mesh
     )
+
+
+def _check_workdir(workdir: Path) -> None:
+    if remote := re.match(r"(\w{2,}):/", str(workdir)):  # of two slashes a path keeps one
+        raise ValueError(
+            f"--workdir must be a local folder, got {workdir}; --checkpoint-dir may be on "
+            f"{remote[1]}://."
+        )
+
+
+def _check_reachable(folder: str | None) -> None:
+    ways = ("gcsfs", "tensorflow")  # etils takes the latter where it is installed
+    if folder is not None and folder.startswith("gs://") and not any(map(find_spec, ways)):
+        raise ValueError(f"--checkpoint-dir {folder} needs gcsfs: pip install 'jaxdiff[gcs]'.")
+
+
+def _begin(workdir: Path, source: Path, experiment: Experiment) -> None:
+    """Makes the run's folder, before anyone else writes to it, or refuses it on all processes."""
+    refused = None
+    if _first():
+        try:
+            save_run(workdir, source, experiment.config)
+        except (ValueError, OSError) as error:
+            refused = str(error)
+    if (refused := from_first(refused)) is not None:
+        _fail(refused, together=True)
 
 
 def _first() -> bool:
@@ -401,11 +446,18 @@ def _fit(
     )
 
 
+def _heed_sigterm() -> None:
+    """JAX keeps SIGTERM from a process that could save; from here on there is nothing to save."""
+    if jax.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _parameters(
     experiment: Experiment, run: Path, folder: str | None = None, checkpoint: str = "last"
 ) -> Params:
     """The averaged parameters of one of a run's checkpoints."""
     with _mistakes():
+        _check_reachable(folder)
         if folder is None and not (run / "checkpoints").is_dir():
             raise ValueError(f"RUN {run} has no checkpoint yet; train it first.")
         abstract = jax.eval_shape(experiment.init, jax.random.key(0))
@@ -448,9 +500,6 @@ def _evaluate_run(
     progress: bool,
     mesh: Mesh | None,
 ) -> None:
-    if jax.distributed.is_initialized():
-        # JAX keeps SIGTERM from a process that could save; here there is nothing more to save.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     since = time.perf_counter()
     report = evaluate(
         experiment,
@@ -547,6 +596,7 @@ def _evaluate(words: Sequence[str]) -> None:
         if options.split not in SPLITS:
             raise ValueError(f"--split must be one of {', '.join(SPLITS)}, got {options.split!r}.")
         options.processes.join()
+        _heed_sigterm()
         experiment = load_run(options.run)
         experiment.batches()  # the data are there, and of the run's shape
         if options.split != "test" and experiment.likelihood is None:

@@ -182,11 +182,18 @@ def save_run(folder: Path, source: Path, config: Any) -> None:
     elif folder.exists() and not (folder.is_dir() and _may_begin(folder)):
         raise ValueError(f"--workdir {folder} is not empty and not a run; give another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    # The values last and in one piece: a folder that has them is a run.
-    copy.write_text(text)
-    partial = stored.with_suffix(".tmp")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(stored)
+    # The values last: a folder that has them is a run.
+    _write(copy, text)
+    _write(stored, json.dumps(values, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """In one piece, or on a full disk not at all; what is there already is left alone."""
+    if path.is_file() and path.read_text() == text:
+        return
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def load_run(folder: Path) -> Experiment:
@@ -221,4 +228,5 @@ def _read_values(path: Path) -> dict[str, Any]:
 
 def _may_begin(folder: Path) -> bool:
     """Whether a folder is empty, but for what a run killed at its very start had written."""
-    return {path.name for path in folder.iterdir()} <= {"config.py", "config.tmp"}
+    begun = {"config.py", "config.py.tmp", "config.json.tmp"}
+    return {path.name for path in folder.iterdir()} <= begun

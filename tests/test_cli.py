@@ -238,6 +238,7 @@ OPTIONS = {
         "process_id must be in [0, 2), got 2",
     ),
     "no one to meet": (["--distributed"], "give coordinator, num_processes and process_id"),
+    "remote folder": (["--workdir", "gs://bucket/run"], "--checkpoint-dir may be on gs://"),
     "no window": (["--profile-steps", "3"], "--profile-steps must be FIRST:STOP"),
     "window of nothing": (["--profile-steps", "3:3"], "got 3:3"),
     "window beyond the end": (["--profile-steps", "3:6"], "steps + 1 = 5, got 3:6"),
@@ -269,6 +270,11 @@ def test_bad_option_is_one_line(name, refused):
 def test_wandb_without_its_package_is_one_line(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "pip install 'jaxdiff[wandb]'" in refused("--wandb", "mine")
+
+
+def test_a_bucket_without_the_package_for_it_is_one_line(refused, monkeypatch):
+    monkeypatch.setattr("jaxdiff.cli.find_spec", lambda name: None)
+    assert "pip install 'jaxdiff[gcs]'" in refused("--checkpoint-dir", "gs://bucket/run")
 
 
 @pytest.mark.devices(4)

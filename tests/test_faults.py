@@ -1,6 +1,7 @@
 """Runs that end before they are done: a second start goes on as if nothing had been."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from benchmarks import faults
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,6 +39,7 @@ from jaxdiff.checkpoints import (
     restore_config,
     restore_ema,
 )
+from jaxdiff.experiment import save_run
 from jaxdiff.parallel import data_mesh, start_distributed
 from jaxdiff.training import init_state
 
@@ -150,22 +153,55 @@ def test_sigterm_breaks_off_an_evaluation(tmp_path, due):
     assert again.asked == list(range(due, STEPS))
 
 
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A full disk, as far as a process can tell; size in bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_full_disk_is_one_error_and_spoils_nothing(tmp_path):
     """No file may outgrow half of the parameters': the save fails behind the loop's back."""
     params = network_params(4096)
     half_way = run(tmp_path, Data(), steps=3, params=params)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=f"cannot be written to {tmp_path}"):
-            run(tmp_path, Data(), params=params)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        files_of_at_most(30_000),
+        pytest.raises(CheckpointError, match=f"cannot be written to {tmp_path}"),
+    ):
+        run(tmp_path, Data(), params=params)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert_same_bits(checkpoints.restore_latest(abstract(half_way)), half_way)
     again = Data()
     assert_same_bits(run(tmp_path, again, params=params), run(None, Data(), params=params))
     assert again.asked == list(range(3, STEPS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int
+
+
+def test_a_full_disk_spoils_no_run_at_its_start(tmp_path):
+    folder, source = tmp_path / "run", tmp_path / "config.py"
+    source.write_text("# a config of some length\n")
+    for config in (Config(steps=6), Config(steps=100)):  # a new run, and one that is made longer
+        kept = contents(folder)
+        with files_of_at_most(8), pytest.raises(OSError, match="too large"):
+            save_run(folder, source, config)
+        assert contents(folder).items() >= kept.items()
+        save_run(folder, source, config)
+        with files_of_at_most(8):
+            save_run(folder, source, config)  # who goes on writes nothing
+        values = f'{{\n  "steps": {config.steps}\n}}\n'
+        assert contents(folder) == {"config.py": source.read_text(), "config.json": values}
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.glob("*")}
 
 
 class Slow(Data):
@@ -249,6 +285,66 @@ def test_what_one_process_cannot_read_both_pass_over(tmp_path):
         codes = [process.wait(timeout=90) for process in processes]
     assert codes == [0, 0], (tmp_path / "log").read_text()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "damaged-2"]
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two processes of `jaxdiff train`, as the benchmark of faults starts them."""
+    (tmp_path / "config.py").write_text(faults.CONFIG)
+    return faults.Run(tmp_path / "two", "--steps", "6")
+
+
+def ended(processes, seconds=120):
+    """Their exit codes."""
+    try:
+        return [process.wait(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_two_processes_of_the_benchmark_come_to_their_end(two):
+    assert ended(two.start_two()) == [0, 0]
+    leaves, report = two.result()
+    assert two.saved() == two.logged() == 6
+    assert "params" in leaves
+    assert report.keys() == {"likelihood", "mean", "seconds"}
+
+
+def test_a_folder_that_is_refused_ends_both_at_once(two):
+    two.folder.mkdir()
+    (two.folder / "notes").touch()
+    assert ended(two.start_two(), 60) == [2, 2]
+    for log in two.logs:
+        assert "is not empty and not a run" in log.read_text().splitlines()[-1]
+    assert [path.name for path in two.folder.iterdir()] == ["notes"]
+
+
+def test_an_error_of_one_process_ends_the_other(two):
+    processes = two.start_two(UNREADABLE="3")
+    failed = processes[1].wait(timeout=120)
+    since = time.monotonic()
+    assert 0 not in ended(processes)
+    assert time.monotonic() - since < 2 * faults.HEARTBEAT
+    assert failed == 1
+    assert "OSError: the data cannot be read" in two.logs[1].read_text()
+
+
+def test_sigterm_after_the_last_step_ends_both(two):
+    """While a trajectory is drawn; JAX would have kept the signal to itself."""
+    slow = "time.sleep(100)\n        return sample(params, key, n, trajectory=True)"
+    text = faults.CONFIG.replace("return sample(params, key, n, trajectory=True)", slow)
+    two.config.write_text("import time\n" + text)
+    processes = two.start_two()
+    two.wait_for(6, processes[0])
+    while not (two.folder / "samples.png").exists() and processes[0].poll() is None:
+        time.sleep(0.05)
+    for process in processes:
+        process.terminate()
+    codes = ended(processes, faults.HEARTBEAT)
+    assert codes[0] == -signal.SIGTERM
+    assert codes[1] in (-signal.SIGTERM, -signal.SIGABRT)  # the coordinator may take it along
 
 
 def damage(folder):

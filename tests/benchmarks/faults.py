@@ -4,10 +4,11 @@
     python tests/benchmarks/faults.py
 
 Every run is a process of its own, `jaxdiff train` of a small model with a checkpoint every five
-steps; for two processes, `fit` over gloo on this machine. Whatever is broken off is started again
-with the same command, and at the end its state must be that of a run without a break, bit for bit,
-and its evaluation the same. Steps lost are those in the log that had to be taken again; they are
-at most those since the last complete checkpoint, for a save goes on behind the next steps.
+steps; two processes have two devices each, and meet on this machine. Whatever is broken off is
+started again with the same command, and at the end its state must be that of a run without a break,
+bit for bit, and its evaluation the same. Steps lost are those in the log that had to be taken
+again; they are at most those since the last complete checkpoint, for a save goes on behind the next
+steps.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def experiment(config):
     def denoiser(params):
         return jd.NetDenoiser(params, process, apply, jd.epsilon())
 
-    def sample(params, key, n, **options):
+    def sample(params, key, n, mesh=None, **options):
         x = process.prior((n, 2)).sample(key)
         grid = jd.grids.uniform(10)
         return jd.sample(jd.DDIM(process), denoiser(params), grid, key, x, **options)
@@ -91,9 +92,9 @@ def experiment(config):
         objective=jd.denoising(apply, process, jd.epsilon()),
         optimizer=optax.adam(1e-3), ema_decay=0.99, steps=config.steps, seed=0,
         batches=lambda: Faulty({"x": points}, 64),
-        validate=lambda params: {"loss": float(jnp.square(params["out"]).sum())},
+        validate=lambda params, mesh=None: {"loss": float(jnp.square(params["out"]).sum())},
         sample=sample, trajectory=trajectory, likelihood=likelihood,
-        evaluate=lambda params, key: {"mean": float(sample(params, key, 64).mean())},
+        evaluate=lambda params, key, mesh=None: {"mean": float(sample(params, key, 64).mean())},
         draw=plotting.points, draw_trajectory=plotting.point_trajectory, shown=(500, 500),
         intervals={"log_every": 1, "eval_every": 50, "save_every": 5},
     )
@@ -122,16 +123,26 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.options = folder / "run", options
         self.config, self.log = config or folder.parent / "config.py", folder / "stderr"
+        self.logs = [folder / "stderr-0", folder / "stderr-1"]
 
-    def start(self, **environment: str) -> subprocess.Popen:
+    def start(self, *others: str, log: Path | None = None, **environment: str) -> subprocess.Popen:
         words = ["train", str(self.config), "--workdir", str(self.folder), "--no-progress"]
-        cache = self.config.parent / "compiled"
+        words += ["--compilation-cache", str(self.config.parent / "compiled")]
         return subprocess.Popen(
-            [sys.executable, "-c", MAIN, *words, "--compilation-cache", str(cache), *self.options],
+            [sys.executable, "-c", MAIN, *words, *self.options, *others],
             env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
             stdout=subprocess.DEVNULL,
-            stderr=self.log.open("w"),
+            stderr=(log or self.log).open("w"),
         )
+
+    def start_two(self, **second: str) -> list[subprocess.Popen]:
+        """Two processes that train together; the second has an environment of its own."""
+        words = ["--distributed", "--coordinator", f"localhost:{free_port()}"]
+        words += ["--num-processes", "2", "--heartbeat-timeout", str(HEARTBEAT), "--process-id"]
+        return [
+            self.start(*words, str(i), log=self.logs[i], JAX_NUM_CPU_DEVICES="2", **own)
+            for i, own in enumerate(({}, second))
+        ]
 
     def finish(self, **environment: str) -> int:
         return self.start(**environment).wait(timeout=PATIENCE)
@@ -389,25 +400,28 @@ def damage(name: str, times: int, folder: Path, source: Path) -> None:
 
 def pairs(folder: Path, config: Path, steps: int) -> Iterator[Row]:
     """Two processes; the other must end by itself, and both together go on."""
-    whole = Run(folder / "whole", config=config)
-    assert all(p.wait(timeout=PATIENCE) == 0 for p in pair(whole, steps)), whole.log.read_text()
+
+    def new(name: str) -> Run:
+        return Run(folder / name.replace(" ", "-"), "--steps", str(steps), config=config)
+
+    def end(run: Run, codes: set[int]) -> str:
+        ended = all(p.wait(timeout=PATIENCE) == 0 for p in run.start_two())
+        result = same(run, whole) if ended else "NO END"
+        return f"the other exits {', '.join(map(str, sorted(codes)))}, then {result}"
+
+    whole = new("whole")
+    assert all(p.wait(timeout=PATIENCE) == 0 for p in whole.start_two()), whole.folder
     faults = {
         "SIGTERM to one of two processes": (signal.SIGTERM, (0, 1, 0, 1)),
         "death of the coordinator": (signal.SIGKILL, (0, 0)),
         "death of the other process": (signal.SIGKILL, (1, 1)),
     }
     draw = random.Random(5)
-
-    def end(run: Run, codes: set[int]) -> str:
-        ended = all(p.wait(timeout=PATIENCE) == 0 for p in pair(run, steps))
-        result = same(run, whole) if ended else "NO END"
-        return f"the other exits {', '.join(map(str, sorted(codes)))}, then {result}"
-
     for fault, (number, victims) in faults.items():
-        run = Run(folder / fault.replace(" ", "-"), config=config)
+        run = new(fault)
         codes, seconds, lost = set(), [], []
         for victim in victims:
-            processes, begun = pair(run, steps), run.saved()
+            processes, begun = run.start_two(), run.saved()
             run.wait_for(begun + 1, processes[0])
             time.sleep(draw.uniform(0, 0.5))
             processes[victim].send_signal(number)
@@ -417,60 +431,18 @@ def pairs(folder: Path, config: Path, steps: int) -> Iterator[Row]:
             processes[victim].wait(timeout=PATIENCE)
             lost.append(run.lost())
         yield Row(fault, len(victims), end(run, codes), max(lost), max(seconds))
-    run = Run(folder / "unreadable", config=config)
-    processes = pair(run, steps, {"UNREADABLE": "33"})
-    while run.logged() < 33:
+    run = new("unreadable")
+    processes = run.start_two(UNREADABLE="33")
+    while run.logged() < 33 and processes[1].poll() is None:
         time.sleep(0.05)
     since = time.monotonic()
-    assert processes[1].wait(timeout=2 * PATIENCE) != 0
-    codes = {processes[0].wait(timeout=2 * PATIENCE)}
+    assert processes[1].wait(timeout=PATIENCE) != 0
+    codes = {processes[0].wait(timeout=PATIENCE)}
     seconds, lost = time.monotonic() - since, run.lost()
     yield Row("data that one process cannot read", 1, end(run, codes), lost, seconds)
 
 
-def pair(run: Run, steps: int, second: dict[str, str] | None = None) -> list[subprocess.Popen]:
-    port = free_port()
-    log = run.log.open("w")
-    words = ["--process", port, str(steps), str(run.config), str(run.folder)]
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, *words, str(index)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"} | environment,
-            stdout=log,
-            stderr=log,
-        )
-        for index, environment in enumerate(({}, second or {}))
-    ]
-
-
-def process(port: str, steps: str, config: str, folder: str, index: str) -> None:
-    from jaxdiff.cli import _fit, _keep_compiled
-    from jaxdiff.experiment import load_config
-    from jaxdiff.parallel import data_mesh, start_distributed
-    from jaxdiff.training import make_train_step
-
-    start_distributed(f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=HEARTBEAT)
-    _keep_compiled(Path(config).parent / "compiled")
-    module = load_config(Path(config))
-    experiment = module.experiment(module.Config(steps=int(steps)))
-    mesh = data_mesh()
-    train_step = make_train_step(
-        experiment.objective, experiment.optimizer, ema_decay=experiment.ema_decay, mesh=mesh
-    )
-    _fit(
-        experiment,
-        train_step,
-        experiment.batches(),
-        Path(folder),
-        mesh,
-        checkpoint_dir=None,
-        progress=False,
-    )
-
-
 def main() -> None:
-    if sys.argv[1:2] == ["--process"]:
-        return process(*sys.argv[2:])
     if sys.argv[1:2] == ["--damage"]:
         return damage(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]))
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
