@@ -104,7 +104,7 @@ def likelihood_rows(
         size -= size % mesh.size
     elif mesh is not None:
         mesh, params = None, to_host(params)
-    fingerprint = f"{_checksum((params, examples, jax.random.key_data(key), size)):08x}"
+    fingerprint = f"{_fingerprint((params, examples, jax.random.key_data(key), size)):08x}"
     rows = from_first([] if path is None else _read(path, fingerprint, size, count))
     path = path if jax.process_index() == 0 else None
     solve = _solver(likelihood.estimate, mesh, _solves(likelihood))
@@ -312,7 +312,7 @@ def _append(path: Path, rows: Sequence[Row]) -> None:
         os.fsync(file.fileno())
 
 
-def _checksum(tree: Any) -> int:
+def _fingerprint(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
