@@ -707,9 +707,11 @@ class _Sigterm:
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
-        """Raises `_Interrupted` within, as soon as SIGTERM comes."""
+        """Raises `_Interrupted` within, as soon as SIGTERM comes, or if it came before."""
         self._interrupts = True
         try:
+            if self.received:  # noted by `__call__` before that could interrupt
+                raise _Interrupted
             yield
         finally:
             self._interrupts = False

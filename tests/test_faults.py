@@ -38,6 +38,7 @@ from jaxdiff.checkpoints import (
     restore_ema,
 )
 from jaxdiff.parallel import data_mesh, start_distributed
+from jaxdiff.reporting import Meter
 from jaxdiff.training import init_state
 
 HEARTBEAT = 10
@@ -148,6 +149,23 @@ def test_sigterm_breaks_off_an_evaluation(tmp_path, due):
     again = Data()
     assert_same_bits(run(tmp_path, again), run(None, Data()))
     assert again.asked == list(range(due, STEPS))
+
+
+def test_sigterm_in_the_wait_for_the_device_lets_no_evaluation_begin(tmp_path, monkeypatch):
+    """The loop waits for its steps after it looked for signals, and before it evaluates."""
+
+    def pause(meter):
+        if len(data.asked) >= 6:
+            signal.raise_signal(signal.SIGTERM)
+        return wait(meter)
+
+    wait, data, evaluated = Meter.pause, Data(), []
+    monkeypatch.setattr(Meter, "pause", pause)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, data, validate=evaluated.append, eval_every=6, log_every=6)
+    assert stopped.value.code == 143
+    assert evaluated == []
+    assert newest(tmp_path) == 6
 
 
 def test_a_full_disk_is_one_error_and_spoils_nothing(tmp_path):
