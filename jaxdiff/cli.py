@@ -366,8 +366,9 @@ def _fit(
     shardings = None
     if mesh is not None:  # so that no device ever holds the whole of what is split
         shardings = state_shardings(jax.eval_shape(experiment.init, init_key), mesh)
-    params = jax.jit(experiment.init, out_shardings=shardings)(init_key)
-    state = init_state(params, experiment.optimizer, train_key, mesh=mesh)
+    init = jax.jit(experiment.init, out_shardings=shardings)
+    # No name for the parameters, of which the state has its own: they would stay on the device.
+    state = init_state(init(init_key), experiment.optimizer, train_key, mesh=mesh)
     batch = batches[0] if mesh is None else shard_batch(batches[0], mesh)
     fit(
         train_step,

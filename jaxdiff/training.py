@@ -428,6 +428,7 @@ def fit(
     primary = jax.process_index() == 0
     reports = workdir if primary else None
     with contextlib.ExitStack() as stack:
+        stack.callback(getattr(batches, "close", lambda: None))
         if workdir is not None and primary:
             workdir.mkdir(parents=True, exist_ok=True)
         if checkpoint_dir is None and workdir is not None:
@@ -632,23 +633,30 @@ def _checkpoints(folder: str | os.PathLike[str], batches: Batches) -> Any:
     return Checkpoints(folder, num_examples=getattr(batches, "num_examples", None))
 
 
-@contextlib.contextmanager
-def _ahead(batches: Batches, steps: range, mesh: Mesh | None) -> Iterator[Iterator[Batch]]:
+def _ahead(batches: Batches, steps: range, mesh: Mesh | None) -> Prefetch[Batch]:
     """The batches of the steps on the device, fetched while the steps before them run."""
 
     def fetch(step: int) -> Batch:
         batch = batches[step]
         return jax.device_put(batch) if mesh is None else shard_batch(batch, mesh)
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(getattr(batches, "close", lambda: None))
-        yield stack.enter_context(Prefetch(fetch, steps))
+    return Prefetch(fetch, steps)
 
 
 def _resume(state: TrainState, checkpoints: Any, mesh: Mesh | None) -> TrainState:
     restored = None if checkpoints is None else checkpoints.restore_latest(state)
-    state = state if restored is None else restored
+    if restored is not None:
+        _free(state, but=restored)
+        state = restored
     return state if mesh is None else shard_state(state, mesh)
+
+
+def _free(tree: Any, *, but: Any) -> None:
+    """Gives up arrays as a donation would: the caller may hold on to the tree."""
+    kept = {id(leaf) for leaf in jax.tree.leaves(but)}
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and id(leaf) not in kept:
+            leaf.delete()
 
 
 def _check_losses(metrics: list[dict[str, Any]], last: int, checkpoints: Any) -> None:

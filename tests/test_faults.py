@@ -1,6 +1,7 @@
 """Runs that end before they are done: a second start goes on as if nothing had been."""
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -23,6 +24,7 @@ from runs import (
     Data,
     abstract,
     assert_same_bits,
+    denoising_loss,
     free_port,
     largest_file,
     network_params,
@@ -39,7 +41,7 @@ from jaxdiff.checkpoints import (
 )
 from jaxdiff.parallel import data_mesh, start_distributed
 from jaxdiff.reporting import Meter
-from jaxdiff.training import init_state
+from jaxdiff.training import fit, init_state, make_train_step
 
 HEARTBEAT = 10
 """Seconds that a silent process counts as alive; the least that JAX takes well."""
@@ -84,6 +86,40 @@ def test_a_run_goes_on_to_the_same_numbers_on_other_devices(point, tmp_path):
         part = resumed.params["w"].addressable_shards[0].data.shape
         assert part == ((4, 128) if then == "two by two" else (4, 256))
         assert_close(resumed, whole)
+
+
+def test_a_resumed_run_holds_no_second_state(tmp_path):
+    """The state that the call began with is given up, as a donated one is."""
+    optimizer, held = optax.adam(1e-2), []
+    train_step = make_train_step(denoising_loss, optimizer, ema_decay=0.9)
+
+    def validate(_):
+        gc.collect()
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return {}
+
+    for steps in (3, 6):
+        state = init_state(network_params(256), optimizer, jax.random.key(0))
+        options = {"workdir": tmp_path, "validate": validate, "progress": False}
+        fit(train_step, state, Data(), steps=steps, **options)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert held[1] == held[0]
+
+
+class Closing(Data):
+    closed = 0
+
+    def close(self):
+        self.closed += 1
+
+
+def test_batches_are_closed_whether_there_is_something_to_do_or_not(tmp_path):
+    for steps in (3, 3, 6):
+        run(tmp_path, data := Closing(), steps=steps)
+        assert data.closed == 1
+    with pytest.raises(CheckpointMismatch):
+        run(tmp_path, data := Closing(), params=network_params(8))
+    assert data.closed == 1
 
 
 # What a run says of its checkpoints
