@@ -24,10 +24,11 @@ import json
 import math
 import os
 import textwrap
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or there are some and none of them can be restored."""
+    """A checkpoint cannot be written or reached, or there are some and all are damaged."""
 
 
 class CheckpointMismatch(ValueError):
@@ -167,7 +168,8 @@ class Checkpoints:
         Raises:
             CheckpointMismatch: if the newest is of another model, optimizer or data set; names the
                 leaves. Nothing is moved.
-            CheckpointError: if there are checkpoints and all are damaged.
+            CheckpointError: if there are checkpoints and all are damaged, or one cannot be reached:
+                storage that does not answer, or no room on the device. Nothing is moved.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
@@ -261,7 +263,7 @@ def restore_ema(
     Raises:
         ValueError: if there is no such checkpoint.
         CheckpointMismatch: if it is of another model; names the leaves.
-        CheckpointError: if there are checkpoints and all are damaged.
+        CheckpointError: if there are checkpoints and all are damaged, or one cannot be reached.
     """
     with _manager(path, create=False, multiprocessing_options=_alone()) as manager:
         steps = _chosen(manager, checkpoint)
@@ -280,11 +282,13 @@ def restore_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: if there is no checkpoint.
-        CheckpointError: if there are checkpoints and all are damaged.
+        CheckpointError: if there are checkpoints and all are damaged, or one cannot be reached.
     """
     with _manager(path, create=False, multiprocessing_options=_alone()) as manager:
         steps = _chosen(manager, "last")
-        return _first_sound(manager, steps, _restore_config)[1]
+        return _first_sound(
+            manager, steps, lambda place: _patiently(lambda: _restore_config(place))
+        )[1]
 
 
 _METRICS = "metrics.json"
@@ -352,7 +356,7 @@ def _read_metrics(directory: Any) -> dict[int, float]:
     if not path.exists():
         return {}
     try:
-        known = _unseal(json.loads(path.read_text()))["metrics"]
+        known = _unseal(_patiently(lambda: json.loads(path.read_text())))["metrics"]
     except ValueError as error:
         warnings.warn(f"{path} is damaged ({_brief(error)})", RuntimeWarning, stacklevel=3)
         return {}
@@ -365,9 +369,13 @@ def _first_sound(manager: Any, steps: Sequence[int], read: Callable[[Any], T]) -
     for step in steps:
         try:
             found = read(manager.directory / str(step))
-        except CheckpointMismatch:
+        except (CheckpointError, CheckpointMismatch):
             raise
-        except Exception as error:  # orbax raises a bare Exception for a truncated file
+        except Exception as error:
+            if not _is_damage(error):
+                raise CheckpointError(
+                    f"checkpoint {step} in {manager.directory} cannot be reached: {_brief(error)}"
+                ) from error
             failures[step] = error
             continue
         for bad, error in failures.items():
@@ -390,24 +398,86 @@ def _restore(
 ) -> dict[str, Any]:
     targets = {name: _target(tree) for name, tree in targets.items()}
     together = not all(t.sharding.is_fully_addressable for t in jax.tree.leaves(targets))
-    restored, expected, error = {}, {}, None
-    try:
+
+    def read() -> tuple[dict[str, Any], dict[str, Any]]:
         expected = _expected(place, targets, num_examples)
-        restored = {name: _read(place / name, target) for name, target in targets.items()}
-    except Exception as problem:
-        error = problem
-    # A process that gave up alone would leave the others waiting for it.
-    failed = together and multihost_utils.process_allgather(np.array(error is not None)).any()
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError("another process cannot read its part")
-    for name, tree in restored.items():
-        for leaf, found in _contents(tree).items():
-            # The kind too: a key that lost its type has the same bits.
-            if list(found) != expected[name][leaf]:
-                raise ValueError(f"checksum mismatch in {name}/{leaf}")
+        return expected, {name: _read(place / name, target) for name, target in targets.items()}
+
+    def check() -> None:
+        for name, tree in restored.items():
+            for leaf, found in _contents(tree).items():
+                # The kind too: a key that lost its type has the same bits.
+                if list(found) != expected[name][leaf]:
+                    raise ValueError(f"checksum mismatch in {name}/{leaf}")
+
+    expected, restored = _agreed(lambda: _patiently(read), together)
+    _agreed(check, together)
     return restored
+
+
+_PAUSES = (1.0, 3.0)
+"""Seconds before what failed for a reason that may pass is tried again."""
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """Reads, and tries again if that fails for another reason than what is stored."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except CheckpointMismatch:
+            raise
+        except Exception as error:
+            if _is_damage(error):
+                raise
+            time.sleep(pause)
+    return read()
+
+
+def _agreed(do: Callable[[], T], together: bool) -> T:
+    """What each process does for itself; if one fails all do, for none waits for another then."""
+    result, error, own = None, None, _FINE
+    try:
+        result = do()
+    except Exception as problem:
+        error, own = problem, _DAMAGED if _is_damage(problem) else _OTHER
+    worst = int(multihost_utils.process_allgather(np.array(own)).max()) if together else own
+    if error is not None and own == worst:
+        raise error
+    if worst == _OTHER:
+        raise CheckpointError("another process cannot reach its part of a checkpoint")
+    if worst == _DAMAGED:
+        raise ValueError("another process cannot read its part")
+    return cast(T, result)
+
+
+_FINE, _DAMAGED, _OTHER = range(3)
+_ELSEWHERE = (
+    "ABORTED",
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "INTERNAL",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+    "UNKNOWN",
+)
+"""What tensorstore's ValueErrors begin with if it could not get at what is stored."""
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error tells of what is stored, and would come again."""
+    if isinstance(error, CheckpointMismatch):
+        return False
+    root = _root(error)
+    # The last three as well: orbax falls over its own files if a bit of them is flipped.
+    kinds = (FileNotFoundError, ValueError, LookupError, AttributeError, TypeError)
+    return isinstance(root, kinds) and not str(root).startswith(_ELSEWHERE)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What is behind the bare Exception that orbax makes of an error."""
+    return error.__cause__ if type(error) is Exception and error.__cause__ else error
 
 
 def _expected(place: Any, targets: dict[str, Any], num_examples: int | None) -> dict[str, Any]:
@@ -550,4 +620,5 @@ def _crc(values: Any) -> int:
 
 
 def _brief(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 160)
+    root = _root(error)
+    return textwrap.shorten(str(root) or type(root).__name__, 160)
