@@ -26,10 +26,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from jaxdiff import flops, grids
-from jaxdiff.checkpoints import CheckpointError, CheckpointMismatch, restore_ema
+from jaxdiff.checkpoints import CheckpointError, CheckpointMismatch, check_shared, restore_ema
 from jaxdiff.data.images import DatasetError
 from jaxdiff.evaluation import evaluate
-from jaxdiff.experiment import Experiment, load_config, load_run, save_run
+from jaxdiff.experiment import Experiment, free_names, load_config, load_run, save_run
 from jaxdiff.export import (
     PLATFORMS,
     export_likelihood,
@@ -316,6 +316,7 @@ def _train(words: Sequence[str]) -> None:
         if _first():
             save_run(options.workdir, source, experiment.config)
         from_first(None)  # before that, no one else may write
+        check_shared(options.checkpoint_dir or options.workdir / "checkpoints")
     _fit(
         experiment,
         train_step,
@@ -378,6 +379,7 @@ def _fit(
         workdir=workdir,
         checkpoint_dir=checkpoint_dir,
         config=dataclasses.asdict(experiment.config),
+        free=free_names(experiment.config),
         validate=functools.partial(experiment.validate, mesh=mesh),
         draw=lambda params, path: experiment.draw(
             experiment.sample(params, draw_key, experiment.shown[0]), path
@@ -403,6 +405,7 @@ def _parameters(
             run / "checkpoints" if folder is None else folder,
             abstract,
             checkpoint=int(checkpoint) if checkpoint.isdecimal() else checkpoint,
+            together=jax.process_count() > 1,
         )
 
 

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -348,6 +348,7 @@ def fit(
     workdir: str | os.PathLike[str] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
+    free: Collection[str] = ("steps",),
     log_every: int = 100,
     eval_every: int = 1000,
     save_every: int = 1000,
@@ -371,8 +372,9 @@ def fit(
 
     and all of them at the end. On SIGTERM it saves, and raises SystemExit(143) so that a launcher
     sees unfinished work; the same call then goes on. An evaluation is broken off for that, but of
-    several processes, which agree on the step to stop at. Over several processes each calls `fit`,
-    and process 0 alone writes. Beside the means of the step's metrics a row holds, of all devices,
+    several processes, which agree on the step to stop at. Over several processes each calls `fit`.
+    They must share the folder of the checkpoints; all else process 0 alone writes. Beside the means
+    of the step's metrics a row holds, of all devices,
 
         steps/s, examples/s  the speed, without the time of compilation, evaluation and saving
         flops/s              model FLOPs in that time, if `flops_per_step` is given
@@ -392,7 +394,9 @@ def fit(
         workdir: the run's folder, a local one; None keeps nothing on disk.
         checkpoint_dir: the folder of the checkpoints, if it is not in `workdir`: on machines that
             come and go, one that stays, such as "gs://bucket/run".
-        config: values for JSON, saved with each checkpoint.
+        config: values for JSON, saved with each checkpoint. A run goes on from one of the same
+            values only, if both have any.
+        free: names in `config` whose values may differ.
         log_every: updates between rows, ≥ 1.
         eval_every: updates between evaluations, ≥ 1.
         save_every: updates between checkpoints, ≥ 1.
@@ -412,13 +416,14 @@ def fit(
 
     Raises:
         ValueError: if a count is out of range, `profile_steps` is not within the run, either it or
-            `wandb` is given without `workdir`, or wandb is not installed.
-        CheckpointMismatch: if the checkpoints are of another model or optimizer, or of another
-            number of training examples, where `batches` has `num_examples`.
+            `wandb` is given without `workdir`, wandb is not installed, or the processes do not
+            share the folder of the checkpoints.
+        CheckpointMismatch: if the checkpoints are of another `config`, model or optimizer, or of
+            another number of training examples, where `batches` has `num_examples`.
         NonFiniteLoss: if a loss was not finite: names the first such step, and the checkpoint
             before it. Noticed when the next row, evaluation or checkpoint is due.
         CheckpointError: if there are checkpoints and none can be restored, or one cannot be
-            written.
+            reached or written.
         SystemExit: after SIGTERM, once the state is saved.
     """
     _check_counts(steps, log_every=log_every, eval_every=eval_every, save_every=save_every)
@@ -436,7 +441,7 @@ def fit(
         checkpoints = None
         if checkpoint_dir is not None:
             checkpoints = stack.enter_context(_checkpoints(checkpoint_dir, batches))
-        state = _resume(state, checkpoints, mesh)
+        state = _resume(state, checkpoints, mesh, config, free)
         start = int(state.step)
         if start >= steps:
             return state
@@ -643,15 +648,23 @@ def _ahead(batches: Batches, steps: range, mesh: Mesh | None) -> Prefetch[Batch]
     return Prefetch(fetch, steps)
 
 
-def _resume(state: TrainState, checkpoints: Any, mesh: Mesh | None) -> TrainState:
-    restored = None if checkpoints is None else checkpoints.restore_latest(state)
+def _resume(
+    state: TrainState,
+    checkpoints: Any,
+    mesh: Mesh | None,
+    config: Mapping[str, Any] | None,
+    free: Collection[str],
+) -> TrainState:
+    restored = None
+    if checkpoints is not None:
+        restored = checkpoints.restore_latest(state, config=config, free=free)
     if restored is not None:
-        _free(state, but=restored)
+        _give_up(state, but=restored)
         state = restored
     return state if mesh is None else shard_state(state, mesh)
 
 
-def _free(tree: Any, *, but: Any) -> None:
+def _give_up(tree: Any, *, but: Any) -> None:
     """Gives up arrays as a donation would: the caller may hold on to the tree."""
     kept = {id(leaf) for leaf in jax.tree.leaves(but)}
     for leaf in jax.tree.leaves(tree):

@@ -260,13 +260,13 @@ def test_what_cannot_be_reached_is_tried_again_and_is_no_damage(tmp_path, monkey
     with Checkpoints(tmp_path) as checkpoints:
         assert_same_bits(checkpoints.restore_latest(abstract(first)), second)
         reads = failing(monkeypatch, error, times=3)
-        with pytest.raises(CheckpointError, match="checkpoint 2 in .* cannot be reached"):
+        with pytest.raises(CheckpointError, match=r"checkpoint 2 in .* cannot be reached"):
             checkpoints.restore_latest(abstract(first))
         assert len(reads) == 3
         assert checkpoints.latest_step() == 2
     assert names(tmp_path) == before
-    with pytest.raises(CheckpointError, match="checkpoint 2 in .* cannot be reached"):
-        failing(monkeypatch, error, times=3)
+    failing(monkeypatch, error, times=3)
+    with pytest.raises(CheckpointError, match=r"checkpoint 2 in .* cannot be reached"):
         restore_ema(tmp_path, abstract(first.params))
 
 
@@ -277,9 +277,9 @@ def test_a_file_that_the_system_cannot_open_is_no_damage(tmp_path, monkeypatch):
     path.unlink()
     path.symlink_to(path)
     monkeypatch.setattr(checkpoints_module, "_PAUSES", ())
-    with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(CheckpointError, match="2 in .* reached: UNKNOWN: Error reading"):
-            checkpoints.restore_latest(abstract(first))
+    unknown = pytest.raises(CheckpointError, match=r"2 in .* reached: UNKNOWN: Error reading")
+    with Checkpoints(tmp_path) as checkpoints, unknown:
+        checkpoints.restore_latest(abstract(first))
     assert not list(tmp_path.glob("damaged*"))
 
 
@@ -296,9 +296,9 @@ def test_a_file_that_the_system_cannot_open_is_no_damage(tmp_path, monkeypatch):
 def test_what_is_missing_or_makes_no_sense_is_damage_at_once(tmp_path, monkeypatch, error):
     first, _ = saved_run(tmp_path)
     reads = failing(monkeypatch, error, times=1)
-    with Checkpoints(tmp_path) as checkpoints:
-        with pytest.warns(RuntimeWarning, match="checkpoint 2 .* is damaged"):
-            assert_same_bits(checkpoints.restore_latest(abstract(first)), first)
+    damaged = pytest.warns(RuntimeWarning, match=r"checkpoint 2 .* is damaged")
+    with Checkpoints(tmp_path) as checkpoints, damaged:
+        assert_same_bits(checkpoints.restore_latest(abstract(first)), first)
     assert [path.parent.name for path in reads[:2]] == ["2", "1"]
 
 

@@ -39,7 +39,7 @@ from jaxdiff.checkpoints import (
     restore_config,
     restore_ema,
 )
-from jaxdiff.parallel import data_mesh, start_distributed
+from jaxdiff.parallel import data_mesh, shard_state, start_distributed, to_host
 from jaxdiff.reporting import Meter
 from jaxdiff.training import fit, init_state, make_train_step
 
@@ -164,6 +164,27 @@ def test_data_that_changed_their_size_are_refused(tmp_path):
         run(tmp_path, Counted(81))
     assert sorted(tmp_path.rglob("*")) == before
     assert int(run(tmp_path, Counted(80)).step) == STEPS
+
+
+def test_a_run_goes_on_with_the_same_config_only(tmp_path):
+    config = {"rate": 0.5, "sizes": (1, 2), "steps": 6, "cores": 1}
+    run(tmp_path, Data(), steps=6, config=config, free=())
+    before = sorted(tmp_path.rglob("*"))
+    said = f"{tmp_path / 'checkpoints' / '6'} is of a run with "
+    for other, why in (
+        ({"rate": 0.7}, "rate=0.5, not 0.7"),
+        ({"sizes": (1, 3)}, r"sizes=\[1, 2\], not \[1, 3\]"),
+        ({"new": True}, "new=None, not True"),
+        ({"cores": 2}, "cores=1, not 2"),
+    ):
+        with pytest.raises(CheckpointMismatch, match=said + why):
+            run(tmp_path, Data(), config=config | other | {"steps": 12})
+    with pytest.raises(CheckpointMismatch, match=said + "steps=6, not 12"):
+        run(tmp_path, Data(), config=config | {"steps": 12}, free=("cores",))
+    assert sorted(tmp_path.rglob("*")) == before
+    run(tmp_path, Data(), steps=9, config=None)
+    assert int(run(tmp_path, Data(), config=config | {"steps": 12}).step) == STEPS
+    run(tmp_path, Data(), config=config | {"cores": 2}, free=("cores", "steps"))
 
 
 # Faults
@@ -305,6 +326,72 @@ def test_what_one_process_cannot_read_both_pass_over(tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1", "damaged-2"]
 
 
+def test_processes_that_share_no_folder_say_so_and_end(tmp_path):
+    """Of the first alone has a checkpoint to go on from."""
+    run(tmp_path / "run" / "0", Data(), steps=3)
+    before = sorted((tmp_path / "run" / "0").rglob("*"))
+    with two_processes("apart", tmp_path) as processes:
+        codes = [process.wait(timeout=90) for process in processes]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    assert sorted((tmp_path / "run" / "0").rglob("*")) == before
+
+
+def apart(folder):
+    own = folder / str(jax.process_index())
+    said = rf"checkpoint_dir must be a folder that all processes share, got {own / 'checkpoints'}: "
+    with pytest.raises(ValueError, match=said + "process 1 does not see what process 0 writes"):
+        run(own, Slow(), mesh=data_mesh())
+
+
+def test_two_processes_save_a_split_state_and_go_on(tmp_path):
+    """As one process does, which then reads what they saved."""
+    with two_processes("split", tmp_path) as processes:
+        codes = [process.wait(timeout=120) for process in processes]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    folder, params = tmp_path / "run" / "checkpoints", network_params(256)
+    whole = run(None, Data(), steps=6, params=params)
+    with Checkpoints(folder) as checkpoints:
+        assert_close(checkpoints.restore_latest(abstract(whole)), whole)
+    half = run(None, Data(), steps=3, params=params)
+    best = restore_ema(folder, abstract(params), checkpoint="best")
+    np.testing.assert_allclose(best["w"], half.ema_params["w"], rtol=1e-5, atol=1e-6)
+
+
+def split(folder):
+    """Three steps and three more, of which the first are the better; pictures, and the metrics."""
+    first, mesh, params = jax.process_index() == 0, data_mesh(fsdp=4), network_params(256)
+    data, averages, drawn = Slow(), {}, []
+
+    def validate(ema):
+        averages["last" if averages else "best"] = to_host(ema)
+        return {"loss": float(len(averages))}
+
+    def draw(ema, _):
+        drawn.append(ema["w"].shape)
+
+    for steps in (3, 6):
+        options = {"mesh": mesh, "params": params, "validate": validate, "draw": draw}
+        state = run(folder, data, steps=steps, **options)
+    assert state.params["w"].addressable_shards[0].data.shape == (4, 64)
+    assert data.asked == list(range(6))
+    assert drawn == ([(4, 256)] * 2 if first else [])
+    for which, average in averages.items():
+        for target in (params, shard_state(params, mesh)):  # on each by itself, and split
+            options = {"checkpoint": which, "together": True}
+            ema = restore_ema(folder / "checkpoints", abstract_like(target), **options)
+            np.testing.assert_array_equal(to_host(ema)["w"], average["w"])
+    metrics = (folder / "checkpoints" / "metrics.json").read_text()
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        if not first:
+            checkpoints.record_metric(6, -1.0)
+        multihost_utils.sync_global_devices("noted")
+    assert (folder / "checkpoints" / "metrics.json").read_text() == metrics
+
+
+def abstract_like(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
 def damage(folder):
     mesh = data_mesh()
     state = init_state(network_params(1024), optax.sgd(0.1), jax.random.key(0), mesh=mesh)
@@ -333,4 +420,5 @@ def train(folder):
 if __name__ == "__main__":
     task, port, index, folder = sys.argv[1:]
     start_distributed(f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=HEARTBEAT)
-    {"train": train, "damage": damage}[task](Path(folder))
+    tasks = {"train": train, "damage": damage, "apart": apart, "split": split}
+    tasks[task](Path(folder))
