@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
@@ -392,6 +393,15 @@ def abstract_like(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+@contextlib.contextmanager
+def stale_listing():
+    """The second process does not see the second checkpoint yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.process_index() == 1:
+            patch.setattr(ocp.CheckpointManager, "all_steps", lambda _: [1])
+        yield
+
+
 def damage(folder):
     mesh = data_mesh()
     state = init_state(network_params(1024), optax.sgd(0.1), jax.random.key(0), mesh=mesh)
@@ -399,8 +409,16 @@ def damage(folder):
     state = state._replace(params=split(state.params))
     with Checkpoints(folder) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, state._replace(step=state.step + step))
+            ema = jax.tree.map(lambda x, step=step: x + step, state.ema_params)
+            numbered = state._replace(step=state.step + step, ema_params=ema)
+            checkpoints.save(step, numbered, {"step": step})
         checkpoints.wait()
+        with stale_listing():
+            restored = checkpoints.restore_latest(state)
+            assert int(restored.step.addressable_data(0)) == 2
+            assert restore_config(folder, together=True) == {"step": 2}
+            ema = restore_ema(folder, network_params(1024), together=True)
+            np.testing.assert_array_equal(ema["w"], network_params(1024)["w"] + 2)
         if jax.process_index() == 0:
             path = largest_file(folder / "2" / "params" / "ocdbt.process_1")
             os.truncate(path, path.stat().st_size // 2)
@@ -409,8 +427,8 @@ def damage(folder):
         assert int(restored.step.addressable_data(0)) == 1
     if jax.process_index() == 0:  # who needs the other for nothing
         ema = restore_ema(folder, jax.eval_shape(lambda: network_params(1024)))
-        np.testing.assert_array_equal(ema["w"], network_params(1024)["w"])
-        assert restore_config(folder) == {}
+        np.testing.assert_array_equal(ema["w"], network_params(1024)["w"] + 1)
+        assert restore_config(folder) == {"step": 1}
 
 
 def train(folder):
