@@ -24,10 +24,12 @@ import json
 import math
 import os
 import textwrap
+import time
+import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
+from jaxdiff.parallel import from_first
 from jaxdiff.training import TrainState
 from jaxdiff.typing import Params
 
@@ -42,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointMismatch",
     "Checkpoints",
+    "check_shared",
     "restore_config",
     "restore_ema",
 ]
@@ -50,7 +54,7 @@ T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or there are some and none of them can be restored."""
+    """A checkpoint cannot be written or reached, or there are some and all are damaged."""
 
 
 class CheckpointMismatch(ValueError):
@@ -69,7 +73,8 @@ class Checkpoints:
             of another number are refused.
 
     Raises:
-        ValueError: if `keep` is less than 1.
+        ValueError: if `keep` is less than 1, or the processes of a run do not share the folder.
+        CheckpointError: if the folder cannot be reached.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Checkpoints:
     ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
+        check_shared(directory)
         self._num_examples = num_examples
         self._metrics: dict[int, float] = {}
         self._manager = _manager(
@@ -149,7 +155,13 @@ class Checkpoints:
                 partial.write_text(json.dumps(_seal({"metrics": known})))
                 partial.replace(self.directory / _METRICS)
 
-    def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
+    def restore_latest(
+        self,
+        abstract_state: TrainState,
+        *,
+        config: Mapping[str, Any] | None = None,
+        free: Collection[str] = (),
+    ) -> TrainState | None:
         """The newest undamaged checkpoint, bit for bit.
 
         Damaged ones are passed over with a warning, and moved to `damaged-<step>`: left in place
@@ -160,23 +172,32 @@ class Checkpoints:
                 `jax.ShapeDtypeStruct` as `jax.eval_shape` gives them (one device, if they name no
                 sharding). Neither the number of devices nor the shardings need be those of the
                 saving run.
+            config: values for JSON, as in `save`; a checkpoint with others is refused, if it has
+                any.
+            free: names in `config` whose values may differ.
 
         Returns:
             The state, or None if there is no checkpoint.
 
         Raises:
-            CheckpointMismatch: if the newest is of another model, optimizer or data set; names the
-                leaves. Nothing is moved.
-            CheckpointError: if there are checkpoints and all are damaged.
+            CheckpointMismatch: if the newest is of another config, model, optimizer or data set;
+                names the value, or the leaves. Nothing is moved.
+            CheckpointError: if there are checkpoints and all are damaged, or one cannot be reached:
+                storage that does not answer, or no room on the device. Nothing is moved.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = from_first(sorted(self._manager.all_steps(), reverse=True))
         if not steps:
             return None
         targets = _items(abstract_state)
+
+        def check(place: Any) -> None:
+            _check_config(place, config, free)
+            _check_examples(place, self._num_examples)
+
         step, items = _first_sound(
             self._manager,
             steps,
-            lambda place: _restore(place, targets, self._num_examples),
+            lambda place: _restore(place, targets, together=jax.process_count() > 1, check=check),
         )
         self._set_aside([other for other in steps if other > step])
         return TrainState(
@@ -241,12 +262,50 @@ class Checkpoints:
         self._manager.reload()
 
 
+def check_shared(directory: str | os.PathLike[str]) -> None:
+    """Refuses a folder that is not the same for all processes of a run; all must call it.
+
+    They would begin at different steps, or wait for one another in a save for ever.
+
+    Args:
+        directory: the folder of the checkpoints, local or remote; made if missing.
+
+    Raises:
+        ValueError: on all processes, if one does not see what process 0 writes there.
+        CheckpointError: if nothing can be written there.
+    """
+    if jax.process_count() == 1:
+        return
+    folder = _folder(directory)
+    with _reaching(folder):
+        from etils import epath
+
+        mark = epath.Path(folder) / from_first(f"shared-{uuid.uuid4().hex}")
+
+        def write() -> None:
+            if jax.process_index() == 0:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.write_text("")
+
+        _agreed(write, together=True)
+        sees = multihost_utils.process_allgather(np.array(mark.exists()))
+        if jax.process_index() == 0:
+            mark.unlink()
+    if not sees.all():
+        raise ValueError(
+            f"checkpoint_dir must be a folder that all processes share, got {folder}: process "
+            f"{int(np.argmin(sees))} does not see what process 0 writes there"
+        )
+
+
 def restore_ema(
-    path: str | os.PathLike[str], abstract_params: Params, *, checkpoint: str | int = "last"
+    path: str | os.PathLike[str],
+    abstract_params: Params,
+    *,
+    checkpoint: str | int = "last",
+    together: bool = False,
 ) -> Params:
     """The averaged parameters of an undamaged checkpoint; changes nothing on disk.
-
-    One process alone may ask for parameters on its own devices.
 
     Args:
         path: the folder of the checkpoints, local or remote.
@@ -254,6 +313,8 @@ def restore_ema(
             `Checkpoints.restore_latest`; usually `jax.eval_shape(network.init, ...)`.
         checkpoint: "last", "best" by the validation metric, or a step. In place of a damaged
             one comes the one before it or, with a warning too, the next best; not of a step.
+        together: whether all processes call it, and so have the same checkpoint; as they do anyway
+            for parameters that are split over them. Else one alone may, for its own devices.
 
     Returns:
         The parameters, on the devices that `abstract_params` names.
@@ -261,30 +322,40 @@ def restore_ema(
     Raises:
         ValueError: if there is no such checkpoint.
         CheckpointMismatch: if it is of another model; names the leaves.
-        CheckpointError: if there are checkpoints and all are damaged.
+        CheckpointError: if there are checkpoints and all are damaged, or one cannot be reached.
     """
+    together = together or _spans_processes(abstract_params)
     with _manager(path, create=False, multiprocessing_options=_alone()) as manager:
-        steps = _chosen(manager, checkpoint)
+        steps = _chosen(manager, checkpoint, together)
         targets = {"ema": abstract_params}
-        return _first_sound(manager, steps, lambda place: _restore(place, targets))[1]["ema"]
+        _, found = _first_sound(
+            manager, steps, lambda place: _restore(place, targets, together=together)
+        )
+        return found["ema"]
 
 
-def restore_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+def restore_config(path: str | os.PathLike[str], *, together: bool = False) -> dict[str, Any]:
     """The configuration that was saved with the newest undamaged checkpoint.
 
     Args:
         path: the folder of the checkpoints, local or remote.
+        together: whether all processes call it, and so have that of the same checkpoint; else one
+            alone may.
 
     Returns:
         The values, as JSON knows them.
 
     Raises:
         ValueError: if there is no checkpoint.
-        CheckpointError: if there are checkpoints and all are damaged.
+        CheckpointError: if there are checkpoints and all are damaged, or one cannot be reached.
     """
     with _manager(path, create=False, multiprocessing_options=_alone()) as manager:
-        steps = _chosen(manager, "last")
-        return _first_sound(manager, steps, _restore_config)[1]
+        steps = _chosen(manager, "last", together)
+
+        def read(place: Any) -> dict[str, Any]:
+            return _agreed(lambda: _patiently(lambda: _restore_config(place)), together)
+
+        return _first_sound(manager, steps, read)[1]
 
 
 _METRICS = "metrics.json"
@@ -305,11 +376,21 @@ class _NewestAndBest:
 def _manager(directory: str | os.PathLike[str], **options: Any) -> Any:
     import orbax.checkpoint as ocp
 
-    folder = os.fspath(directory)
-    # orbax wants absolute paths, and knows the remote ones.
-    folder = folder if "://" in folder else os.path.abspath(folder)
-    try:
+    folder = _folder(directory)
+    with _reaching(folder):
         return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(**options))
+
+
+def _folder(directory: str | os.PathLike[str]) -> str:
+    """As orbax takes it: absolute, or remote."""
+    folder = os.fspath(directory)
+    return folder if "://" in folder else os.path.abspath(folder)
+
+
+@contextlib.contextmanager
+def _reaching(folder: str) -> Iterator[None]:
+    try:
+        yield
     except (ImportError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be reached: {_brief(error)}") from error
 
@@ -323,15 +404,18 @@ def _items(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _chosen(manager: Any, checkpoint: str | int) -> list[int]:
+def _chosen(manager: Any, checkpoint: str | int, together: bool) -> list[int]:
     """The steps to try, one after the other."""
-    steps = sorted(manager.all_steps(), reverse=True)
+    metrics = _read_metrics(manager.directory) if checkpoint == "best" else {}
+    listed = [sorted(manager.all_steps(), reverse=True), list(metrics.items())]
+    # What was just written is not listed everywhere at once.
+    steps, metrics = from_first(listed) if together else listed
     if not steps:
         raise ValueError(f"path must hold a checkpoint, got {str(manager.directory)!r}")
     if checkpoint == "last":
         return steps
     if checkpoint == "best":
-        rated = _by_metric(steps, _read_metrics(manager.directory))
+        rated = _by_metric(steps, dict(metrics))
         if not rated:
             raise ValueError(
                 f"checkpoint='best': none in {manager.directory} has a validation metric"
@@ -352,7 +436,7 @@ def _read_metrics(directory: Any) -> dict[int, float]:
     if not path.exists():
         return {}
     try:
-        known = _unseal(json.loads(path.read_text()))["metrics"]
+        known = _unseal(_patiently(lambda: json.loads(path.read_text())))["metrics"]
     except ValueError as error:
         warnings.warn(f"{path} is damaged ({_brief(error)})", RuntimeWarning, stacklevel=3)
         return {}
@@ -365,9 +449,13 @@ def _first_sound(manager: Any, steps: Sequence[int], read: Callable[[Any], T]) -
     for step in steps:
         try:
             found = read(manager.directory / str(step))
-        except CheckpointMismatch:
+        except (CheckpointError, CheckpointMismatch):
             raise
-        except Exception as error:  # orbax raises a bare Exception for a truncated file
+        except Exception as error:
+            if not _is_damage(error):
+                raise CheckpointError(
+                    f"checkpoint {step} in {manager.directory} cannot be reached: {_brief(error)}"
+                ) from error
             failures[step] = error
             continue
         for bad, error in failures.items():
@@ -386,40 +474,117 @@ def _first_sound(manager: Any, steps: Sequence[int], read: Callable[[Any], T]) -
 
 
 def _restore(
-    place: Any, targets: dict[str, Any], num_examples: int | None = None
+    place: Any,
+    targets: dict[str, Any],
+    *,
+    together: bool,
+    check: Callable[[Any], None] = lambda place: None,
 ) -> dict[str, Any]:
     targets = {name: _target(tree) for name, tree in targets.items()}
-    together = not all(t.sharding.is_fully_addressable for t in jax.tree.leaves(targets))
-    restored, expected, error = {}, {}, None
-    try:
-        expected = _expected(place, targets, num_examples)
-        restored = {name: _read(place / name, target) for name, target in targets.items()}
-    except Exception as problem:
-        error = problem
-    # A process that gave up alone would leave the others waiting for it.
-    failed = together and multihost_utils.process_allgather(np.array(error is not None)).any()
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError("another process cannot read its part")
-    for name, tree in restored.items():
-        for leaf, found in _contents(tree).items():
-            # The kind too: a key that lost its type has the same bits.
-            if list(found) != expected[name][leaf]:
-                raise ValueError(f"checksum mismatch in {name}/{leaf}")
+
+    def read() -> tuple[dict[str, Any], dict[str, Any]]:
+        check(place)
+        expected = _read_contents(place)["leaves"]
+        _check_leaves(place, expected, targets)
+        return expected, {name: _read(place / name, target) for name, target in targets.items()}
+
+    def verify() -> None:
+        for name, tree in restored.items():
+            for leaf, found in _contents(tree).items():
+                # The kind too: a key that lost its type has the same bits.
+                if list(found) != expected[name][leaf]:
+                    raise ValueError(f"checksum mismatch in {name}/{leaf}")
+
+    expected, restored = _agreed(lambda: _patiently(read), together)
+    _agreed(verify, together)
     return restored
 
 
-def _expected(place: Any, targets: dict[str, Any], num_examples: int | None) -> dict[str, Any]:
-    """The kinds and checksums of what is saved, if it is what is wanted."""
-    contents = _read_contents(place)
-    _check_leaves(place, contents["leaves"], targets)
-    if num_examples is not None and contents["num_examples"] not in (None, num_examples):
+_PAUSES = (1.0, 3.0)
+"""Seconds before what failed for a reason that may pass is tried again."""
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """Reads, and tries again if that fails for another reason than what is stored."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except CheckpointMismatch:
+            raise
+        except Exception as error:
+            if _is_damage(error):
+                raise
+            time.sleep(pause)
+    return read()
+
+
+def _agreed(do: Callable[[], T], together: bool) -> T:
+    """What each process does for itself; if one fails all do, for none waits for another then."""
+    result, error, own = None, None, _FINE
+    try:
+        result = do()
+    except Exception as problem:
+        error, own = problem, _DAMAGED if _is_damage(problem) else _OTHER
+    worst = int(multihost_utils.process_allgather(np.array(own)).max()) if together else own
+    if error is not None and own == worst:
+        raise error
+    if worst == _OTHER:
+        raise CheckpointError("another process cannot reach the checkpoints")
+    if worst == _DAMAGED:
+        raise ValueError("another process cannot read its part")
+    return cast(T, result)
+
+
+_FINE, _DAMAGED, _OTHER = range(3)
+_ELSEWHERE = (
+    "ABORTED",
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "INTERNAL",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+    "UNKNOWN",
+)
+"""What tensorstore's ValueErrors begin with if it could not get at what is stored."""
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error tells of what is stored, and would come again."""
+    if isinstance(error, CheckpointMismatch):
+        return False
+    root = _root(error)
+    # The last three as well: orbax falls over its own files if a bit of them is flipped.
+    kinds = (FileNotFoundError, ValueError, LookupError, AttributeError, TypeError)
+    return isinstance(root, kinds) and not str(root).startswith(_ELSEWHERE)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What is behind the bare Exception that orbax makes of an error."""
+    return error.__cause__ if type(error) is Exception and error.__cause__ else error
+
+
+def _check_config(place: Any, config: Mapping[str, Any] | None, free: Collection[str]) -> None:
+    saved = _restore_config(place)
+    if not config or not saved:
+        return
+    given = json.loads(json.dumps(config))
+    for name in sorted((saved.keys() | given.keys()) - set(free)):
+        if saved.get(name) != given.get(name):
+            raise CheckpointMismatch(
+                f"checkpoint {place} is of a run with {name}={saved.get(name)!r}, "
+                f"not {given.get(name)!r}"
+            )
+
+
+def _check_examples(place: Any, number: int | None) -> None:
+    saved = _read_contents(place)["num_examples"]
+    if number is not None and saved not in (None, number):
         raise CheckpointMismatch(
-            f"checkpoint {place} is of a run with {contents['num_examples']} training examples, "
-            f"and the data set now has {num_examples}"
+            f"checkpoint {place} is of a run with {saved} training examples, "
+            f"and the data set now has {number}"
         )
-    return contents["leaves"]
 
 
 def _read(path: Any, target: Any) -> Any:
@@ -469,6 +634,11 @@ def _check_leaves(place: Any, saved: Mapping[str, Any], targets: Mapping[str, An
         raise CheckpointMismatch(
             f"checkpoint {place} is of another model: {'; '.join(differences[:3])}{more}"
         )
+
+
+def _spans_processes(tree: Any) -> bool:
+    leaves = jax.tree.leaves(_target(tree))
+    return not all(leaf.sharding.is_fully_addressable for leaf in leaves)
 
 
 def _target(tree: Any) -> Any:
@@ -550,4 +720,5 @@ def _crc(values: Any) -> int:
 
 
 def _brief(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 160)
+    root = _root(error)
+    return textwrap.shorten(str(root) or type(root).__name__, 160)

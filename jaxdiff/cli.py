@@ -29,10 +29,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from jaxdiff import flops, grids
-from jaxdiff.checkpoints import CheckpointError, CheckpointMismatch, restore_ema
+from jaxdiff.checkpoints import CheckpointError, CheckpointMismatch, check_shared, restore_ema
 from jaxdiff.data.images import DatasetError
 from jaxdiff.evaluation import evaluate
-from jaxdiff.experiment import Experiment, load_config, load_run, save_run
+from jaxdiff.experiment import Experiment, free_names, load_config, load_run, save_run
 from jaxdiff.export import (
     PLATFORMS,
     export_likelihood,
@@ -153,12 +153,12 @@ def _leave(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _mistakes() -> Iterator[None]:
+def _mistakes(*, together: bool = False) -> Iterator[None]:
     """Bad values and files are the user's while a run is composed, and bugs once it works."""
     try:
         yield
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(str(error), together=together)
 
 
 def _parse(kind: type[T], words: Sequence[str], prog: str) -> T:
@@ -342,6 +342,8 @@ def _train(words: Sequence[str]) -> None:
             accumulate=experiment.accumulate,
         )
     _begin(options.workdir, source, experiment)
+    with _mistakes(together=True):
+        check_shared(options.checkpoint_dir or options.workdir / "checkpoints")
     _fit(
         experiment,
         train_step,
@@ -421,8 +423,9 @@ def _fit(
     shardings = None
     if mesh is not None:  # so that no device ever holds the whole of what is split
         shardings = state_shardings(jax.eval_shape(experiment.init, init_key), mesh)
-    params = jax.jit(experiment.init, out_shardings=shardings)(init_key)
-    state = init_state(params, experiment.optimizer, train_key, mesh=mesh)
+    init = jax.jit(experiment.init, out_shardings=shardings)
+    # No name for the parameters, of which the state has its own: they would stay on the device.
+    state = init_state(init(init_key), experiment.optimizer, train_key, mesh=mesh)
     batch = batches[0] if mesh is None else shard_batch(batches[0], mesh)
     programs = jax.process_count() if by == "pmap" else 1  # each process has its own
     fit(
@@ -433,6 +436,7 @@ def _fit(
         workdir=workdir,
         checkpoint_dir=checkpoint_dir,
         config=dataclasses.asdict(experiment.config),
+        free=free_names(experiment.config),
         validate=functools.partial(experiment.validate, mesh=mesh),
         draw=lambda params, path: experiment.draw(
             experiment.sample(params, draw_key, experiment.shown[0]), path
@@ -465,6 +469,7 @@ def _parameters(
             run / "checkpoints" if folder is None else folder,
             abstract,
             checkpoint=int(checkpoint) if checkpoint.isdecimal() else checkpoint,
+            together=jax.process_count() > 1,
         )
 
 

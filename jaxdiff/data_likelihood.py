@@ -107,7 +107,7 @@ def likelihood_rows(
         params = replicate(params, mesh)
     elif jax.process_count() > 1:  # of which each does the same
         params = jax.device_put(on_host)
-    fingerprint = f"{_checksum((on_host, examples, jax.random.key_data(key), size)):08x}"
+    fingerprint = f"{_fingerprint((on_host, examples, jax.random.key_data(key), size)):08x}"
     rows = from_first([] if path is None else _read(path, fingerprint, size, count))
     path = path if jax.process_index() == 0 else None
     solve = _solver(likelihood.estimate, mesh, _solves(likelihood))
@@ -315,7 +315,7 @@ def _append(path: Path, rows: Sequence[Row]) -> None:
         os.fsync(file.fileno())
 
 
-def _checksum(tree: Any) -> int:
+def _fingerprint(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)

@@ -25,7 +25,7 @@ import optax
 
 from jaxdiff.typing import Array, Key, Objective, Params
 
-__all__ = ["FREE", "Experiment", "Likelihood", "load_config", "load_run", "save_run"]
+__all__ = ["FREE", "Experiment", "Likelihood", "free_names", "load_config", "load_run", "save_run"]
 
 FREE = {"free": True}
 """Metadata of a config's field that changes how a run is computed and not what: a run may go on
@@ -172,8 +172,7 @@ def save_run(folder: Path, source: Path, config: Any) -> None:
                 f"--workdir {folder} holds a run with steps={previous['steps']}; "
                 f"steps cannot shrink to {values['steps']}."
             )
-        free = {"steps"} | {f.name for f in dataclasses.fields(config) if f.metadata == FREE}
-        for name in sorted((values.keys() | previous.keys()) - free):
+        for name in sorted((values.keys() | previous.keys()) - free_names(config)):
             if values.get(name) != previous.get(name):
                 raise ValueError(
                     f"--workdir {folder} holds a run with {name}={previous.get(name)!r}, "
@@ -194,6 +193,11 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text)
     partial.replace(path)
+
+
+def free_names(config: Any) -> set[str]:
+    """Names of the fields of a config that may change when its run goes on: "steps" and `FREE`."""
+    return {"steps"} | {f.name for f in dataclasses.fields(config) if f.metadata == FREE}
 
 
 def load_run(folder: Path) -> Experiment:

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -350,6 +350,7 @@ def fit(
     workdir: str | os.PathLike[str] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
+    free: Collection[str] = ("steps",),
     log_every: int = 100,
     eval_every: int = 1000,
     save_every: int = 1000,
@@ -373,8 +374,9 @@ def fit(
 
     and all of them at the end. On SIGTERM it saves, and raises SystemExit(143) so that a launcher
     sees unfinished work; the same call then goes on. An evaluation is broken off for that, but of
-    several processes, which agree on the step to stop at. Over several processes each calls `fit`,
-    and process 0 alone writes. Beside the means of the step's metrics a row holds, of all devices,
+    several processes, which agree on the step to stop at. Over several processes each calls `fit`.
+    They must share the folder of the checkpoints; all else process 0 alone writes. Beside the means
+    of the step's metrics a row holds, of all devices,
 
         steps/s, examples/s  the speed, without the time of compilation, evaluation and saving
         flops/s              model FLOPs in that time, if `flops_per_step` is given
@@ -394,7 +396,9 @@ def fit(
         workdir: the run's folder, a local one; None keeps nothing on disk.
         checkpoint_dir: the folder of the checkpoints, if it is not in `workdir`: on machines that
             come and go, one that stays, such as "gs://bucket/run".
-        config: values for JSON, saved with each checkpoint.
+        config: values for JSON, saved with each checkpoint. A run goes on from one of the same
+            values only, if both have any.
+        free: names in `config` whose values may differ.
         log_every: updates between rows, ≥ 1.
         eval_every: updates between evaluations, ≥ 1.
         save_every: updates between checkpoints, ≥ 1.
@@ -414,13 +418,14 @@ def fit(
 
     Raises:
         ValueError: if a count is out of range, `profile_steps` is not within the run, either it or
-            `wandb` is given without `workdir`, or wandb is not installed.
-        CheckpointMismatch: if the checkpoints are of another model or optimizer, or of another
-            number of training examples, where `batches` has `num_examples`.
+            `wandb` is given without `workdir`, wandb is not installed, or the processes do not
+            share the folder of the checkpoints.
+        CheckpointMismatch: if the checkpoints are of another `config`, model or optimizer, or of
+            another number of training examples, where `batches` has `num_examples`.
         NonFiniteLoss: if a loss was not finite: names the first such step, and the checkpoint
             before it. Noticed when the next row, evaluation or checkpoint is due.
         CheckpointError: if there are checkpoints and none can be restored, or one cannot be
-            written.
+            reached or written.
         SystemExit: after SIGTERM, once the state is saved.
     """
     _check_counts(steps, log_every=log_every, eval_every=eval_every, save_every=save_every)
@@ -430,6 +435,7 @@ def fit(
     primary = jax.process_index() == 0
     reports = workdir if primary else None
     with contextlib.ExitStack() as stack:
+        stack.callback(getattr(batches, "close", lambda: None))
         if workdir is not None and primary:
             workdir.mkdir(parents=True, exist_ok=True)
         if checkpoint_dir is None and workdir is not None:
@@ -437,7 +443,7 @@ def fit(
         checkpoints = None
         if checkpoint_dir is not None:
             checkpoints = stack.enter_context(_checkpoints(checkpoint_dir, batches))
-        state = _resume(state, checkpoints, mesh)
+        state = _resume(state, checkpoints, mesh, config, free)
         start = int(state.step)
         if start >= steps:
             return state
@@ -634,23 +640,38 @@ def _checkpoints(folder: str | os.PathLike[str], batches: Batches) -> Any:
     return Checkpoints(folder, num_examples=getattr(batches, "num_examples", None))
 
 
-@contextlib.contextmanager
-def _ahead(batches: Batches, steps: range, mesh: Mesh | None) -> Iterator[Iterator[Batch]]:
+def _ahead(batches: Batches, steps: range, mesh: Mesh | None) -> Prefetch[Batch]:
     """The batches of the steps on the device, fetched while the steps before them run."""
 
     def fetch(step: int) -> Batch:
         batch = batches[step]
         return jax.device_put(batch) if mesh is None else shard_batch(batch, mesh)
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(getattr(batches, "close", lambda: None))
-        yield stack.enter_context(Prefetch(fetch, steps))
+    return Prefetch(fetch, steps)
 
 
-def _resume(state: TrainState, checkpoints: Any, mesh: Mesh | None) -> TrainState:
-    restored = None if checkpoints is None else checkpoints.restore_latest(state)
-    state = state if restored is None else restored
+def _resume(
+    state: TrainState,
+    checkpoints: Any,
+    mesh: Mesh | None,
+    config: Mapping[str, Any] | None,
+    free: Collection[str],
+) -> TrainState:
+    restored = None
+    if checkpoints is not None:
+        restored = checkpoints.restore_latest(state, config=config, free=free)
+    if restored is not None:
+        _give_up(state, but=restored)
+        state = restored
     return state if mesh is None else shard_state(state, mesh)
+
+
+def _give_up(tree: Any, *, but: Any) -> None:
+    """Gives up arrays as a donation would: the caller may hold on to the tree."""
+    kept = {id(leaf) for leaf in jax.tree.leaves(but)}
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and id(leaf) not in kept:
+            leaf.delete()
 
 
 def _check_losses(metrics: list[dict[str, Any]], last: int, checkpoints: Any) -> None:
@@ -709,9 +730,11 @@ class _Sigterm:
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
-        """Raises `_Interrupted` within, as soon as SIGTERM comes."""
+        """Raises `_Interrupted` within, as soon as SIGTERM comes, or if it came before."""
         self._interrupts = True
         try:
+            if self.received:  # noted by `__call__` before that could interrupt
+                raise _Interrupted
             yield
         finally:
             self._interrupts = False

@@ -1,5 +1,6 @@
 """Checkpoints against damage, other models, other devices and other places."""
 
+import errno
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from runs import Data, abstract, assert_same_bits, denoising_loss, largest_file, network_params
 
+from jaxdiff import checkpoints as checkpoints_module
 from jaxdiff.checkpoints import (
     CheckpointError,
     CheckpointMismatch,
@@ -208,6 +210,96 @@ def test_a_folder_without_checkpoints_is_refused_and_left_alone(tmp_path):
     assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpoints(tmp_path, keep=0)
+
+
+# Storage that does not answer
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def failing(monkeypatch, error, times):
+    """The next reads of an item fail; the number of reads."""
+    read, reads = checkpoints_module._read, []
+
+    def flaky(path, target):
+        reads.append(path)
+        if len(reads) <= times:
+            raise error
+        return read(path, target)
+
+    monkeypatch.setattr(checkpoints_module, "_read", flaky)
+    monkeypatch.setattr(checkpoints_module, "_PAUSES", (0.0, 0.0))
+    return reads
+
+
+def wrapped(error):
+    """As orbax hands on what reading an array raises."""
+    whole = Exception("Encountered error while reading array index")
+    whole.__cause__ = error
+    return whole
+
+
+OUT_OF_REACH = [
+    TimeoutError(errno.ETIMEDOUT, "Connection timed out"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    OSError(errno.EIO, "Input/output error"),
+    wrapped(ValueError("DEADLINE_EXCEEDED: Error reading")),
+    wrapped(ValueError("UNKNOWN: Failed to open: [os_error_code='5']")),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes."),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_REACH, ids=repr)
+def test_what_cannot_be_reached_is_tried_again_and_is_no_damage(tmp_path, monkeypatch, error):
+    first, second = saved_run(tmp_path)
+    before = names(tmp_path)
+    failing(monkeypatch, error, times=2)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_same_bits(checkpoints.restore_latest(abstract(first)), second)
+        reads = failing(monkeypatch, error, times=3)
+        with pytest.raises(CheckpointError, match=r"checkpoint 2 in .* cannot be reached"):
+            checkpoints.restore_latest(abstract(first))
+        assert len(reads) == 3
+        assert checkpoints.latest_step() == 2
+    assert names(tmp_path) == before
+    failing(monkeypatch, error, times=3)
+    with pytest.raises(CheckpointError, match=r"checkpoint 2 in .* cannot be reached"):
+        restore_ema(tmp_path, abstract(first.params))
+
+
+def test_a_file_that_the_system_cannot_open_is_no_damage(tmp_path, monkeypatch):
+    """A link to itself: the storage's own error, through all that lies between."""
+    first, _ = saved_run(tmp_path)
+    path = largest_file(tmp_path / "2" / "params")
+    path.unlink()
+    path.symlink_to(path)
+    monkeypatch.setattr(checkpoints_module, "_PAUSES", ())
+    unknown = pytest.raises(CheckpointError, match=r"2 in .* reached: UNKNOWN: Error reading")
+    with Checkpoints(tmp_path) as checkpoints, unknown:
+        checkpoints.restore_latest(abstract(first))
+    assert not list(tmp_path.glob("damaged*"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        KeyError("params"),
+        wrapped(ValueError("DATA_LOSS: Error reading")),
+        wrapped(ValueError("OUT_OF_RANGE: Requested byte range")),
+    ],
+    ids=repr,
+)
+def test_what_is_missing_or_makes_no_sense_is_damage_at_once(tmp_path, monkeypatch, error):
+    first, _ = saved_run(tmp_path)
+    reads = failing(monkeypatch, error, times=1)
+    damaged = pytest.warns(RuntimeWarning, match=r"checkpoint 2 .* is damaged")
+    with Checkpoints(tmp_path) as checkpoints, damaged:
+        assert_same_bits(checkpoints.restore_latest(abstract(first)), first)
+    assert [path.parent.name for path in reads[:2]] == ["2", "1"]
 
 
 # The best

@@ -715,6 +715,19 @@ def test_data_of_another_size_are_a_mistake(small, tmp_path, capsys):
     assert "of a run with 48 training examples, and the data set now has 40; give another" in line
 
 
+def test_checkpoints_of_another_config_are_a_mistake(small, npz, copied_run, tmp_path, capsys):
+    """In a new folder that says nothing of them; `steps` may differ, and what is free."""
+    store, steps = copied_run / "checkpoints", ("--steps", "7")
+    words = ["train", small, "--workdir", tmp_path / "b", "--checkpoint-dir", store, *steps]
+    before = files(store)
+    line = mistake(capsys, *words, "--dataset", npz, "--rate", "0.7", "--no-progress")
+    assert f"{store / '4'} is of a run with rate=" in line
+    assert "not 0.7; give another folder" in line
+    assert files(store) == before
+    command(small, npz, tmp_path / "c", "--checkpoint-dir", store, *steps)
+    assert (store / "7").is_dir()
+
+
 def test_a_full_disk_is_one_line_and_code_1(small, npz, tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")

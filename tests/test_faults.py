@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from benchmarks import faults
 from jax.experimental import multihost_utils
@@ -25,6 +27,7 @@ from runs import (
     Data,
     abstract,
     assert_same_bits,
+    denoising_loss,
     free_port,
     largest_file,
     network_params,
@@ -40,8 +43,9 @@ from jaxdiff.checkpoints import (
     restore_ema,
 )
 from jaxdiff.experiment import save_run
-from jaxdiff.parallel import data_mesh, start_distributed
-from jaxdiff.training import init_state
+from jaxdiff.parallel import data_mesh, shard_state, start_distributed, to_host
+from jaxdiff.reporting import Meter
+from jaxdiff.training import fit, init_state, make_train_step
 
 HEARTBEAT = 10
 """Seconds that a silent process counts as alive; the least that JAX takes well."""
@@ -88,6 +92,40 @@ def test_a_run_goes_on_to_the_same_numbers_on_other_devices(point, tmp_path):
         assert_close(resumed, whole)
 
 
+def test_a_resumed_run_holds_no_second_state(tmp_path):
+    """The state that the call began with is given up, as a donated one is."""
+    optimizer, held = optax.adam(1e-2), []
+    train_step = make_train_step(denoising_loss, optimizer, ema_decay=0.9)
+
+    def validate(_):
+        gc.collect()
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return {}
+
+    for steps in (3, 6):
+        state = init_state(network_params(256), optimizer, jax.random.key(0))
+        options = {"workdir": tmp_path, "validate": validate, "progress": False}
+        fit(train_step, state, Data(), steps=steps, **options)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert held[1] == held[0]
+
+
+class Closing(Data):
+    closed = 0
+
+    def close(self):
+        self.closed += 1
+
+
+def test_batches_are_closed_whether_there_is_something_to_do_or_not(tmp_path):
+    for steps in (3, 3, 6):
+        run(tmp_path, data := Closing(), steps=steps)
+        assert data.closed == 1
+    with pytest.raises(CheckpointMismatch):
+        run(tmp_path, data := Closing(), params=network_params(8))
+    assert data.closed == 1
+
+
 # What a run says of its checkpoints
 
 
@@ -132,6 +170,27 @@ def test_data_that_changed_their_size_are_refused(tmp_path):
     assert int(run(tmp_path, Counted(80)).step) == STEPS
 
 
+def test_a_run_goes_on_with_the_same_config_only(tmp_path):
+    config = {"rate": 0.5, "sizes": (1, 2), "steps": 6, "cores": 1}
+    run(tmp_path, Data(), steps=6, config=config, free=())
+    before = sorted(tmp_path.rglob("*"))
+    said = f"{tmp_path / 'checkpoints' / '6'} is of a run with "
+    for other, why in (
+        ({"rate": 0.7}, "rate=0.5, not 0.7"),
+        ({"sizes": (1, 3)}, r"sizes=\[1, 2\], not \[1, 3\]"),
+        ({"new": True}, "new=None, not True"),
+        ({"cores": 2}, "cores=1, not 2"),
+    ):
+        with pytest.raises(CheckpointMismatch, match=said + why):
+            run(tmp_path, Data(), config=config | other | {"steps": 12})
+    with pytest.raises(CheckpointMismatch, match=said + "steps=6, not 12"):
+        run(tmp_path, Data(), config=config | {"steps": 12}, free=("cores",))
+    assert sorted(tmp_path.rglob("*")) == before
+    run(tmp_path, Data(), steps=9, config=None)
+    assert int(run(tmp_path, Data(), config=config | {"steps": 12}).step) == STEPS
+    run(tmp_path, Data(), config=config | {"cores": 2}, free=("cores", "steps"))
+
+
 # Faults
 
 
@@ -162,6 +221,23 @@ def files_of_at_most(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_sigterm_in_the_wait_for_the_device_lets_no_evaluation_begin(tmp_path, monkeypatch):
+    """The loop waits for its steps after it looked for signals, and before it evaluates."""
+
+    def pause(meter):
+        if len(data.asked) >= 6:
+            signal.raise_signal(signal.SIGTERM)
+        return wait(meter)
+
+    wait, data, evaluated = Meter.pause, Data(), []
+    monkeypatch.setattr(Meter, "pause", pause)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, data, validate=evaluated.append, eval_every=6, log_every=6)
+    assert stopped.value.code == 143
+    assert evaluated == []
+    assert newest(tmp_path) == 6
 
 
 def test_a_full_disk_is_one_error_and_spoils_nothing(tmp_path):
@@ -347,6 +423,81 @@ def test_sigterm_after_the_last_step_ends_both(two):
     assert codes[1] in (-signal.SIGTERM, -signal.SIGABRT)  # the coordinator may take it along
 
 
+def test_processes_that_share_no_folder_say_so_and_end(tmp_path):
+    """Of the first alone has a checkpoint to go on from."""
+    run(tmp_path / "run" / "0", Data(), steps=3)
+    before = sorted((tmp_path / "run" / "0").rglob("*"))
+    with two_processes("apart", tmp_path) as processes:
+        codes = [process.wait(timeout=90) for process in processes]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    assert sorted((tmp_path / "run" / "0").rglob("*")) == before
+
+
+def apart(folder):
+    own = folder / str(jax.process_index())
+    said = rf"checkpoint_dir must be a folder that all processes share, got {own / 'checkpoints'}: "
+    with pytest.raises(ValueError, match=said + "process 1 does not see what process 0 writes"):
+        run(own, Slow(), mesh=data_mesh())
+
+
+def test_two_processes_save_a_split_state_and_go_on(tmp_path):
+    """As one process does, which then reads what they saved."""
+    with two_processes("split", tmp_path) as processes:
+        codes = [process.wait(timeout=120) for process in processes]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    folder, params = tmp_path / "run" / "checkpoints", network_params(256)
+    whole = run(None, Data(), steps=6, params=params)
+    with Checkpoints(folder) as checkpoints:
+        assert_close(checkpoints.restore_latest(abstract(whole)), whole)
+    half = run(None, Data(), steps=3, params=params)
+    best = restore_ema(folder, abstract(params), checkpoint="best")
+    np.testing.assert_allclose(best["w"], half.ema_params["w"], rtol=1e-5, atol=1e-6)
+
+
+def split(folder):
+    """Three steps and three more, of which the first are the better; pictures, and the metrics."""
+    first, mesh, params = jax.process_index() == 0, data_mesh(fsdp=4), network_params(256)
+    data, averages, drawn = Slow(), {}, []
+
+    def validate(ema):
+        averages["last" if averages else "best"] = to_host(ema)
+        return {"loss": float(len(averages))}
+
+    def draw(ema, _):
+        drawn.append(ema["w"].shape)
+
+    for steps in (3, 6):
+        options = {"mesh": mesh, "params": params, "validate": validate, "draw": draw}
+        state = run(folder, data, steps=steps, **options)
+    assert state.params["w"].addressable_shards[0].data.shape == (4, 64)
+    assert data.asked == list(range(6))
+    assert drawn == ([(4, 256)] * 2 if first else [])
+    for which, average in averages.items():
+        for target in (params, shard_state(params, mesh)):  # on each by itself, and split
+            options = {"checkpoint": which, "together": True}
+            ema = restore_ema(folder / "checkpoints", abstract_like(target), **options)
+            np.testing.assert_array_equal(to_host(ema)["w"], average["w"])
+    metrics = (folder / "checkpoints" / "metrics.json").read_text()
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        if not first:
+            checkpoints.record_metric(6, -1.0)
+        multihost_utils.sync_global_devices("noted")
+    assert (folder / "checkpoints" / "metrics.json").read_text() == metrics
+
+
+def abstract_like(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@contextlib.contextmanager
+def stale_listing():
+    """The second process does not see the second checkpoint yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.process_index() == 1:
+            patch.setattr(ocp.CheckpointManager, "all_steps", lambda _: [1])
+        yield
+
+
 def damage(folder):
     mesh = data_mesh()
     state = init_state(network_params(1024), optax.sgd(0.1), jax.random.key(0), mesh=mesh)
@@ -354,8 +505,16 @@ def damage(folder):
     state = state._replace(params=split(state.params))
     with Checkpoints(folder) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, state._replace(step=state.step + step))
+            ema = jax.tree.map(lambda x, step=step: x + step, state.ema_params)
+            numbered = state._replace(step=state.step + step, ema_params=ema)
+            checkpoints.save(step, numbered, {"step": step})
         checkpoints.wait()
+        with stale_listing():
+            restored = checkpoints.restore_latest(state)
+            assert int(restored.step.addressable_data(0)) == 2
+            assert restore_config(folder, together=True) == {"step": 2}
+            ema = restore_ema(folder, network_params(1024), together=True)
+            np.testing.assert_array_equal(ema["w"], network_params(1024)["w"] + 2)
         if jax.process_index() == 0:
             path = largest_file(folder / "2" / "params" / "ocdbt.process_1")
             os.truncate(path, path.stat().st_size // 2)
@@ -364,8 +523,8 @@ def damage(folder):
         assert int(restored.step.addressable_data(0)) == 1
     if jax.process_index() == 0:  # who needs the other for nothing
         ema = restore_ema(folder, jax.eval_shape(lambda: network_params(1024)))
-        np.testing.assert_array_equal(ema["w"], network_params(1024)["w"])
-        assert restore_config(folder) == {}
+        np.testing.assert_array_equal(ema["w"], network_params(1024)["w"] + 1)
+        assert restore_config(folder) == {"step": 1}
 
 
 def train(folder):
@@ -375,4 +534,5 @@ def train(folder):
 if __name__ == "__main__":
     task, port, index, folder = sys.argv[1:]
     start_distributed(f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=HEARTBEAT)
-    {"train": train, "damage": damage}[task](Path(folder))
+    tasks = {"train": train, "damage": damage, "apart": apart, "split": split}
+    tasks[task](Path(folder))
