@@ -5,6 +5,7 @@ A model trained on sixteen digits knows them by heart; exact denoisers know noth
 
 import json
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import jaxdiff as jd
 from jaxdiff import evaluation, metrics
 from jaxdiff.data.images import Images, dequantize, load_images, to_model
 from jaxdiff.processes.base import Denoised
-from jaxdiff.recipes import ImageOptions, TrainingOptions, image_experiment
+from jaxdiff.recipes import ImageOptions, Splits, TrainingOptions, image_experiment
 from jaxdiff.training import init_state, make_train_step
 
 KEY = jax.random.key(0)
@@ -277,7 +278,7 @@ def test_every_run_of_images_reports_its_gap(process, denoise, place):
     x = np.random.default_rng(0).integers(0, 17, (200, *SHAPE)).astype(np.uint8)
     experiment = image_experiment(
         config,
-        lambda split: Images(x, None, 17, 0),
+        Splits(lambda split: SimpleNamespace(load=lambda most: Images(x, None, 17, 0))),
         loss=lambda params, key, batch: (jnp.zeros(8), {}),
         held_out_loss=lambda params, key, batch: (jnp.zeros(8), {}),
         run=lambda params, keys: jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys),

@@ -266,16 +266,17 @@ def test_a_resumed_run_profiles_what_is_left_of_its_window(tmp_path):
     before = traces(tmp_path)
     run(tmp_path, steps=8, profile_steps=(2, 4))
     assert traces(tmp_path) == before
+    before[0].unlink()  # the next may have its name, which is that of the second
 
     def stop():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, steps=16, data=Data(at=10, do=stop), profile_steps=(10, 15))
-    (cut,) = set(traces(tmp_path)) - set(before)
+    (cut,) = traces(tmp_path)
     cut.unlink()
     run(tmp_path, steps=16, profile_steps=(6, 11))  # goes on at 9
-    (rest,) = set(traces(tmp_path)) - set(before)
+    (rest,) = traces(tmp_path)
     assert traced_steps(rest) == [9, 10]
 
 
