@@ -190,9 +190,9 @@ class Checkpoints:
             return None
         targets = _items(abstract_state)
 
-        def check(place: Any) -> None:
-            _check_config(place, config, free)
-            _check_examples(place, self._num_examples)
+        def check(place: Any, contents: Mapping[str, Any]) -> None:
+            _check_config(place, _read_config(place, contents), config, free)
+            _check_examples(place, contents["num_examples"], self._num_examples)
 
         step, items = _first_sound(
             self._manager,
@@ -353,7 +353,10 @@ def restore_config(path: str | os.PathLike[str], *, together: bool = False) -> d
         steps = _chosen(manager, "last", together)
 
         def read(place: Any) -> dict[str, Any]:
-            return _agreed(lambda: _patiently(lambda: _restore_config(place)), together)
+            def config() -> dict[str, Any]:
+                return _read_config(place, _read_contents(place))
+
+            return _agreed(lambda: _patiently(config), together)
 
         return _first_sound(manager, steps, read)[1]
 
@@ -478,13 +481,14 @@ def _restore(
     targets: dict[str, Any],
     *,
     together: bool,
-    check: Callable[[Any], None] = lambda place: None,
+    check: Callable[[Any, Mapping[str, Any]], None] = lambda place, contents: None,
 ) -> dict[str, Any]:
     targets = {name: _target(tree) for name, tree in targets.items()}
 
     def read() -> tuple[dict[str, Any], dict[str, Any]]:
-        check(place)
-        expected = _read_contents(place)["leaves"]
+        contents = _read_contents(place)
+        check(place, contents)
+        expected = contents["leaves"]
         _check_leaves(place, expected, targets)
         return expected, {name: _read(place / name, target) for name, target in targets.items()}
 
@@ -565,8 +569,12 @@ def _root(error: BaseException) -> BaseException:
     return error.__cause__ if type(error) is Exception and error.__cause__ else error
 
 
-def _check_config(place: Any, config: Mapping[str, Any] | None, free: Collection[str]) -> None:
-    saved = _restore_config(place)
+def _check_config(
+    place: Any,
+    saved: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    free: Collection[str],
+) -> None:
     if not config or not saved:
         return
     given = json.loads(json.dumps(config))
@@ -578,8 +586,7 @@ def _check_config(place: Any, config: Mapping[str, Any] | None, free: Collection
             )
 
 
-def _check_examples(place: Any, number: int | None) -> None:
-    saved = _read_contents(place)["num_examples"]
+def _check_examples(place: Any, saved: int | None, number: int | None) -> None:
     if number is not None and saved not in (None, number):
         raise CheckpointMismatch(
             f"checkpoint {place} is of a run with {saved} training examples, "
@@ -603,9 +610,9 @@ def _alone() -> Any:
     return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
 
 
-def _restore_config(place: Any) -> dict[str, Any]:
+def _read_config(place: Any, contents: Mapping[str, Any]) -> dict[str, Any]:
     values = _read_json(place / "config")
-    if _crc(values) != _read_contents(place)["config"]:
+    if _crc(values) != contents["config"]:
         raise ValueError("checksum mismatch in config")
     return values
 

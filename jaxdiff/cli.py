@@ -428,6 +428,7 @@ def _fit(
     state = init_state(init(init_key), experiment.optimizer, train_key, mesh=mesh)
     batch = batches[0] if mesh is None else shard_batch(batches[0], mesh)
     programs = jax.process_count() if by == "pmap" else 1  # each process has its own
+    own = None if mesh is None else data_mesh(jax.local_devices())  # the first draws alone
     fit(
         train_step,
         state,
@@ -439,7 +440,7 @@ def _fit(
         free=free_names(experiment.config),
         validate=functools.partial(experiment.validate, mesh=mesh),
         draw=lambda params, path: experiment.draw(
-            experiment.sample(params, draw_key, experiment.shown[0]), path
+            experiment.sample(params, draw_key, experiment.shown[0], mesh=own), path
         ),
         progress=progress,
         mesh=mesh,

@@ -102,10 +102,8 @@ def init_state(
     """
 
     def build(params: Params, key: Key) -> TrainState:
-        params = jax.tree.map(_own, params)
-        return jax.tree.map(
-            _own, TrainState(jnp.int32(0), params, params, optimizer.init(params), key)
-        )
+        state = TrainState(jnp.int32(0), params, params, optimizer.init(params), key)
+        return jax.tree.map(_own, state)
 
     if mesh is None:
         return build(params, key)
