@@ -513,3 +513,14 @@ def test_remote_paths_are_left_to_orbax(folder, monkeypatch):
         with pytest.raises(CheckpointError, match=f"{folder} cannot be reached: Please install"):
             call(folder)
     assert asked == [folder] * 2
+
+
+def test_a_value_of_the_config_that_changed_is_damage(tmp_path):
+    state = init_state(network_params(), optax.sgd(0.1), jax.random.key(0))
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, rate in ((1, 0.25), (2, 0.5)):
+            checkpoints.save(step, state, {"rate": rate})
+    path = tmp_path / "2" / "config" / "metadata"
+    path.write_text(path.read_text().replace("0.5", "0.7"))
+    with pytest.warns(RuntimeWarning, match="checkpoint 2 .* is damaged .*config"):
+        assert restore_config(tmp_path) == {"rate": 0.25}

@@ -146,7 +146,7 @@ def test_samples_are_the_same_on_devices_that_do_not_divide_their_number():
     def run(scale, keys, **options):
         return scale * jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
 
-    sample, _ = samplers(run, jnp.zeros(2), size=2)
+    sample, _ = samplers(run, jnp.zeros(2), size=3)  # ten are less than four threes
     alone = sample(jnp.float32(3.0), KEY, 10)
     shared = sample(jnp.float32(3.0), KEY, 10, jd.parallel.data_mesh())
     np.testing.assert_allclose(shared, alone, rtol=1e-6)
