@@ -1,8 +1,10 @@
 """The CPU's own convolutions and attention against JAX's, whose formulas they are."""
 
 import re
+from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,23 +47,138 @@ def energy(f):
     return lambda x, kernel: jnp.sum(jnp.sin(f(x, kernel)))
 
 
+def derivatives(f, x, kernel):
+    dx, dk = jnp.cos(3 * x), jnp.sin(5 * kernel)
+    grads = jax.grad(energy(f), (0, 1))
+    return [
+        f(x, kernel),
+        grads(x, kernel),
+        jax.jvp(f, (x, kernel), (dx, dk)),
+        jax.jvp(grads, (x, kernel), (dx, dk)),
+        jax.grad(lambda x, k: sum(jnp.sum(g**2) for g in grads(x, k)), (0, 1))(x, kernel),
+    ]
+
+
 @SHAPES
 def test_convolution_and_all_its_derivatives_are_jaxs(shape):
-    ours, plain = both(shape[-1], shape[-2])
     x, kernel = arrays(shape)
-    dx, dk = jnp.cos(3 * x), jnp.sin(5 * kernel)
+    close(*(jax.jit(partial(derivatives, f))(x, kernel) for f in both(shape[-1], shape[-2])))
 
-    def derivatives(f):
-        grads = jax.grad(energy(f), (0, 1))
-        return [
-            f(x, kernel),
-            grads(x, kernel),
-            jax.jvp(f, (x, kernel), (dx, dk)),
-            jax.jvp(grads, (x, kernel), (dx, dk)),
-            jax.grad(lambda x, k: sum(jnp.sum(g**2) for g in grads(x, k)), (0, 1))(x, kernel),
-        ]
 
-    close(jax.jit(lambda: derivatives(ours))(), jax.jit(lambda: derivatives(plain))())
+@pytest.fixture
+def small(monkeypatch):
+    """Fewer multiplications even where they are few, of some examples at a time."""
+    monkeypatch.setattr(cpu, "WORK", 0)
+    monkeypatch.setattr(cpu, "TILES", 2**19)
+
+
+FILTERED = pytest.mark.parametrize(
+    ("shape", "parts"), [((6, 6, 10, 16, 24, 3), 1), ((16, 8, 12, 32, 16, 3), 4)], ids=str
+)
+
+
+@FILTERED
+def test_fewer_multiplications_give_the_convolution_and_all_its_derivatives(shape, parts, small):
+    x, kernel = arrays(shape)
+    b, height, width, channels, features, _ = shape
+    assert cpu._slices(b, 16 * b * height * width * (channels + features), cpu.TILES) == parts
+    # Two convolutions of a random image in a row: of about 2 · 10⁴ products a number.
+    close(*(jax.jit(partial(derivatives, f))(x, kernel / 10) for f in both(3, shape[-2])))
+
+
+def convolutions_left(x, kernel):
+    """Of a program for a CPU: how many convolutions and products it has."""
+    program = jax.jit(both(kernel.shape[0], kernel.shape[-1])[0]).trace(x, kernel)
+    text = program.lower(lowering_platforms=("cpu",)).as_text()
+    return text.count("stablehlo.convolution"), text.count("stablehlo.dot_general")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (6, 5, 10, 16, 24, 3),
+        (6, 6, 9, 16, 24, 3),
+        (6, 6, 10, 3, 24, 3),
+        (6, 6, 10, 16, 3, 3),
+        (1, 8, 8, 16, 24, 3),
+        (6, 6, 10, 16, 24, 5),
+    ],
+    ids=str,
+)
+def test_other_images_are_convolved_as_they_are(shape, small):
+    assert convolutions_left(*arrays(shape)) == (1, 0)
+
+
+def test_only_large_convolutions_of_wide_numbers_have_fewer_multiplications():
+    large, kernel = arrays((32, 32, 32, 16, 16, 3))
+    assert convolutions_left(large, kernel) == (0, 1)
+    assert convolutions_left(large[:8], kernel) == (1, 0)
+    assert convolutions_left(large.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)) == (1, 0)
+
+
+def test_batch_of_any_size_is_exported(small):
+    x, kernel = arrays((6, 6, 10, 16, 24, 3))
+    ours, plain = both(3, 24)
+    (n,) = jax.export.symbolic_shape("n")
+    shapes = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype), kernel
+    program = jax.export.export(jax.jit(ours), platforms=["cpu", "cuda"])(*shapes)
+    close(program.call(x[:5], kernel), plain(x[:5], kernel))
+
+
+@pytest.mark.devices(4)
+@pytest.mark.parametrize("by", ["jit", "images", "kernels"])
+def test_slices_of_a_shared_batch_stay_where_they_are(by, small):
+    """By jit; and where images or kernels are devices' own, as `shard_map` checks."""
+    x, kernel = arrays((64, 16, 8, 16, 16, 3))
+    ours, plain = both(3, 16)
+    expected = plain(x, kernel)
+    sharding = jax.sharding.NamedSharding(data_mesh(), P("data"))
+    if by == "jit":
+        x = jax.device_put(x, sharding)
+    elif by == "images":
+        specs = {"in_specs": (P("data"), P()), "out_specs": P("data")}
+        ours = jax.shard_map(ours, mesh=data_mesh(), **specs)
+    else:
+        kernel = jnp.concatenate([kernel] * 4)
+        specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
+        ours = jax.shard_map(ours, mesh=data_mesh(), **specs)
+        expected = jnp.concatenate([expected] * 4)
+    compiled = jax.jit(ours).lower(x, kernel).compile()
+    text = compiled.as_text()
+    assert "while" in text
+    for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        assert collective not in text
+    close(jax.jit(ours)(x, kernel), expected)
+
+
+def test_what_has_several_users_is_computed_once():
+    x = jax.random.normal(KEY, (8, 16, 16, 32))
+
+    def flips(mark):
+        def f(x):
+            y = mark(jnp.flip(x))
+            y = mark(y + jnp.flip(y))
+            y = mark(y + jnp.flip(y, 1))
+            return y.transpose(3, 1, 2, 0), y @ jnp.ones((32, 32))
+
+        return jax.jit(f).lower(x).compile().as_text().count(" reverse(")
+
+    assert flips(cpu.once) == 3
+    assert flips(lambda x: x) > 3  # Else the compiler needs no telling any longer.
+    assert "once" in str(jax.make_jaxpr(jax.vjp(cpu.once, x)[1])(x))
+
+
+def test_computed_once_is_what_it_was():
+    """Exactly, infinities and narrow numbers too, and all derivatives."""
+    x = jnp.array([[0.0, -0.0, 1e-37, -3.7], [jnp.inf, -jnp.inf, 3e38, jnp.nan]])
+    for a in (x, x.astype(jnp.bfloat16)):
+        out = jax.jit(jax.vmap(cpu.once))(a)
+        assert out.dtype == a.dtype
+        np.testing.assert_array_equal(out.astype(float), a.astype(float))
+    f = lambda x: cpu.once(x) * jnp.sin(x)
+    x = jnp.float32(1.7)
+    second = 2 * np.cos(1.7) - 1.7 * np.sin(1.7)
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(jax.grad(f)))(x), second, rtol=1e-6)
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (3, 1)], ids=str)
@@ -180,9 +297,9 @@ def test_elsewhere_the_programs_are_jaxs(platform):
     assert ours == plain
     assert len(plain) == 3
 
-    barrier = jax.jit(jax.grad(lambda x: jnp.sin(cpu.barrier(x)).sum())).trace(x)
-    assert "barrier" not in barrier.lower(lowering_platforms=(platform,)).as_text()
-    assert "barrier" in barrier.lower(lowering_platforms=("cpu",)).as_text()
+    once = jax.jit(jax.grad(lambda x: jnp.sin(cpu.once(x)).sum())).trace(x)
+    assert "divide" not in once.lower(lowering_platforms=(platform,)).as_text()
+    assert "divide" in once.lower(lowering_platforms=("cpu",)).as_text()
 
     q = jax.random.normal(KEY, (64, 128, 2, 4))
     program = jax.jit(jax.grad(lambda q: cpu.attention(q, q, q).sum())).trace(q)

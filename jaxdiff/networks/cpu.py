@@ -17,9 +17,18 @@ as the image in the second:
 
 They are linear maps, not gradients by hand, so forward mode, second derivatives and batching stay.
 
-*Residual sums.* The compiler computes a sum of few terms again for each of its users, and so the
-terms of those terms, back along a row of residual blocks. A `barrier` at the entry of each block
-ends this.
+y of a 3 × 3 kernel, and so dx, takes 4/9 of the multiplications by Winograd's minimal filtering
+F(2 × 2, 3 × 3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, eq. 8
+and 9): 2 × 2 of the results are, of the 4 × 4 of the image around them, X,
+
+    Y = R [(K w Kᵀ) ⊙ (D X Dᵀ)] Rᵀ
+
+where ⊙ sums over the channels, so that all Y are 16 products of matrices. What is transformed is
+four times as large as the image; it is computed for a few examples at a time, to stay in the cache.
+
+*Values of several users.* The compiler computes a cheap operation, as a sum or a product of two
+arrays, again in each of its users, and so the terms of those terms, back along a row of residual
+blocks; or in the slow order of a transpose. With a division it does not: `once` divides by a one.
 
 *Attention.* Between few tokens of many examples, the products are small and the weights do not fit
 the cache: three plain batched products for a few examples at a time, computed again for gradients.
@@ -38,15 +47,23 @@ from jaxtyping import Float
 
 from jaxdiff.typing import Array
 
-__all__ = ["Conv", "attention", "barrier", "convolve"]
+__all__ = ["Conv", "attention", "convolve", "once"]
 
 Image = Float[Array, "b h w c"]
 Convolved = Float[Array, "b h w c2"]
 Kernel = Float[Array, "k k c c2"]
 
+IMAGE = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+RESULT = ((1, 1, 1, 0), (0, 1, -1, -1))
+"""D, K and R."""
+WORK = 2**25
+"""Multiplications of a convolution below which fewer, in more operations, take longer."""
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 CACHE = 2**21
 """Bytes of the attention weights that are computed at a time."""
+TILES = 2**22
+"""Bytes of the transformed images and results of a convolution that are computed at a time."""
 
 
 def convolve(
@@ -76,20 +93,108 @@ def convolve(
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     if height == 1:
         return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:3], features)
-    return _convolution.bind(x, kernel)
+    return _convolution.bind(once(x), kernel)
 
 
 Conv = partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
 """Flax's `Conv`, by `convolve`."""
 
 
-def barrier(x: Array) -> Array:
+def once(x: Array) -> Array:
     """x, of which neither value nor cotangent is computed anew by each of its users on a CPU."""
-    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+    return _once.bind(x)
+
+
+def _divided(x: Array) -> Array:
+    # Of the smallest of |x| and 0, the compiler does not know the value.
+    return x / (1 + jnp.minimum(jnp.abs(x), 0))
+
+
+_once = Primitive("once")
+_once.def_impl(lambda x: x)
+_once.def_abstract_eval(lambda x: x)
+ad.deflinear(_once, lambda dy: [_once.bind(dy)])
+batching.defvectorized(_once)
+mlir.register_lowering(_once, lambda ctx, x: [x])
+mlir.register_lowering(_once, mlir.lower_fun(_divided, multiple_results=False), platform="cpu")
 
 
 def _forward(x: Image, kernel: Kernel) -> Convolved:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+
+
+def _forward_on_cpu(x: Image, kernel: Kernel) -> Convolved:
+    """`_forward`, by fewer multiplications where that is faster."""
+    b, height, width, channels = x.shape
+    size, _, _, features = kernel.shape
+    even = size == 3 and height % 2 == width % 2 == 0
+    # An exported program's batch may be of any size.
+    if not (even and isinstance(b, int) and x.dtype.itemsize >= 4):
+        return _forward(x, kernel)
+    # Few products of large matrices; of small ones, the transforms would be most of the work.
+    if min(channels, features, b * height * width // 16) < 16:
+        return _forward(x, kernel)
+    if b * height * width * kernel.size < WORK:
+        return _forward(x, kernel)
+
+    transformed = _sandwich(KERNEL, kernel)
+    tiles = 4 * b * height * width * (channels + features) * x.dtype.itemsize
+    slices = _slices(b, tiles, TILES)
+    if slices == 1:
+        return _winograd(x, transformed)
+    x = _sliced(x, slices)
+
+    def one(i: Array, y: Array) -> Array:
+        part = jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(y, _winograd(part, transformed), i, 1)
+
+    # In a shard_map, the results differ among all devices among which the image or the kernel does.
+    y = jnp.zeros_like(x, shape=(*x.shape[:-1], features)) * jnp.zeros_like(kernel, shape=())
+    return jax.lax.fori_loop(0, slices, one, y).reshape(b, height, width, features)
+
+
+def _winograd(x: Image, transformed: Float[Array, "4 4 c c2"]) -> Convolved:
+    """`_forward` of the kernel w, from K w Kᵀ."""
+    b, height, width, channels = x.shape
+    rows, columns = height // 2, width // 2
+    pairs = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    pairs = pairs.reshape(b, rows + 1, 2, columns + 1, 2, channels)
+
+    def every_other(i: int, j: int) -> Array:
+        (above, i), (left, j) = divmod(i, 2), divmod(j, 2)
+        return pairs[:, above : above + rows, i, left : left + columns, j]
+
+    image = _sandwich(IMAGE, [[every_other(i, j) for j in range(4)] for i in range(4)])
+    products = image.reshape(4, 4, -1, channels) @ transformed
+    y = _sandwich(RESULT, products.reshape(4, 4, b, rows, columns, -1))
+    return y.transpose(2, 3, 0, 4, 1, 5).reshape(b, height, width, -1)
+
+
+def _sandwich(matrix: tuple[tuple[float | int, ...], ...], arrays: Any) -> Array:
+    """M A Mᵀ of a matrix A of arrays, by additions."""
+
+    def combined(arrays: Any) -> list[Any]:
+        sums = []
+        for row in matrix:
+            terms = [(c, a) for c, a in zip(row, arrays, strict=True) if c]
+            sums.append(sum(a if c == 1 else -a if c == -1 else c * a for c, a in terms))
+        return sums
+
+    columns = zip(*map(combined, arrays), strict=True)
+    return jnp.stack([jnp.stack(combined(column)) for column in columns], 1)
+
+
+def _slices(b: int, size: int, most: int) -> int:
+    """In how many parts to compute a batch, of `most` bytes each; a part is of all devices."""
+    slices = 1
+    while b % (2 * slices * jax.device_count()) == 0 and size > most * slices:
+        slices *= 2
+    return slices
+
+
+def _sliced(a: Array, slices: int) -> Array:
+    """The slices of a batch along axis 1: every so-manieth example, a share of each device's."""
+    return a.reshape(a.shape[0] // slices, slices, *a.shape[1:])
 
 
 def _image_gradient(dy: Convolved, kernel: Kernel) -> Image:
@@ -151,6 +256,9 @@ _convolution = Primitive("convolution")
 _convolution.def_impl(jax.jit(_forward))
 _convolution.def_abstract_eval(lambda x, kernel: jax.make_jaxpr(_forward)(x, kernel).out_avals[0])
 mlir.register_lowering(_convolution, mlir.lower_fun(_forward, multiple_results=False))
+mlir.register_lowering(
+    _convolution, mlir.lower_fun(_forward_on_cpu, multiple_results=False), platform="cpu"
+)
 ad.defbilinear(_convolution, _transpose_image, _transpose_kernel)
 batching.primitive_batchers[_convolution] = _batched
 
@@ -167,18 +275,12 @@ def attention(
 
 def _by_slices(query: Array, key: Array, value: Array) -> Array:
     b, n, heads, _ = query.shape
-    slices, weights = 1, 4 * b * heads * n * key.shape[1]
-    while b % (2 * slices) == 0 and weights > CACHE * slices:
-        slices *= 2
+    slices = _slices(b, 4 * b * heads * n * key.shape[1], CACHE)
     if slices == 1:
         return _attend(query, key, value)
-
-    # A slice takes every so-manieth example: a share of each device's, where they are shared out.
-    def sliced(a: Array) -> Array:
-        return a.reshape(b // slices, slices, *a.shape[1:]).swapaxes(0, 1)
-
     attend = jax.checkpoint(_attend)
-    out = jax.lax.map(lambda args: attend(*args), (sliced(query), sliced(key), sliced(value)))
+    sliced = tuple(_sliced(a, slices).swapaxes(0, 1) for a in (query, key, value))
+    out = jax.lax.map(lambda args: attend(*args), sliced)
     return out.swapaxes(0, 1).reshape(query.shape)
 
 

@@ -212,7 +212,7 @@ class ResBlock(nn.Module):
         self, x: Image, condition: Float[Array, "b d"] | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
         """Return the block's image."""
-        x = cpu.barrier(x)
+        x = cpu.once(x)
         conv = partial(cpu.Conv, self.channels, dtype=self.dtype)
         norm = partial(Norm, self.variant, self.dtype)
         h = nn.silu(norm(name="norm_0")(x))
@@ -251,7 +251,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Image) -> Image:
         """Return the image, its pixels having attended to one another."""
-        x = cpu.barrier(x)
+        x = cpu.once(x)
         b, h, w, c = x.shape
         d = self.head_width or c // self.heads
         # Pixels as rows of one matrix: the gradient of a product with two leading axes is slow on

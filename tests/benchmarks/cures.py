@@ -110,7 +110,7 @@ def step(side: int, batch: int, without: str):
     if without == "attention by slices":
         cpu.attention = jax.nn.dot_product_attention
     if without == "barriers":
-        cpu.barrier = lambda x: x
+        cpu.once = lambda x: x
     net = UNet(32, (1, 2), 2, attention=(side // 2,), variant=unet.DDPM)
     keys = jax.random.split(jax.random.key(0), 3)
     process = jd.Gaussian(jd.linear_beta(0.1, 20.0))
