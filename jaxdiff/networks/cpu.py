@@ -18,8 +18,8 @@ as the image in the second:
 They are linear maps, not gradients by hand, so forward mode, second derivatives and batching stay.
 
 y of a 3 × 3 kernel, and so dx, takes 4/9 of the multiplications by Winograd's minimal filtering
-F(2 × 2, 3 × 3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, eq. 8
-and 9): 2 × 2 of the results are, of the 4 × 4 of the image around them, X,
+F(2 × 2, 3 × 3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, section
+4.1): 2 × 2 of the results are, of the 4 × 4 of the image around them, X,
 
     Y = R [(K w Kᵀ) ⊙ (D X Dᵀ)] Rᵀ
 
@@ -53,13 +53,13 @@ Image = Float[Array, "b h w c"]
 Convolved = Float[Array, "b h w c2"]
 Kernel = Float[Array, "k k c c2"]
 
+LAYOUT = ("NHWC", "HWIO", "NHWC")
 IMAGE = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 RESULT = ((1, 1, 1, 0), (0, 1, -1, -1))
 """D, K and R."""
 WORK = 2**25
 """Multiplications of a convolution below which fewer, in more operations, take longer."""
-LAYOUT = ("NHWC", "HWIO", "NHWC")
 CACHE = 2**21
 """Bytes of the attention weights that are computed at a time."""
 TILES = 2**22
@@ -127,14 +127,16 @@ def _forward_on_cpu(x: Image, kernel: Kernel) -> Convolved:
     """`_forward`, by fewer multiplications where that is faster."""
     b, height, width, channels = x.shape
     size, _, _, features = kernel.shape
-    even = size == 3 and height % 2 == width % 2 == 0
-    # An exported program's batch may be of any size.
-    if not (even and isinstance(b, int) and x.dtype.itemsize >= 4):
-        return _forward(x, kernel)
-    # Few products of large matrices; of small ones, the transforms would be most of the work.
-    if min(channels, features, b * height * width // 16) < 16:
-        return _forward(x, kernel)
-    if b * height * width * kernel.size < WORK:
+    filtered = (
+        size == 3
+        and height % 2 == width % 2 == 0
+        and x.dtype.itemsize >= 4
+        and isinstance(b, int)  # That of an exported program may be any.
+        # Of small matrices, the transforms would be most of the work.
+        and min(channels, features, b * height * width // 16) >= 16
+        and b * height * width * kernel.size >= WORK
+    )
+    if not filtered:
         return _forward(x, kernel)
 
     transformed = _sandwich(KERNEL, kernel)
