@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from jaxdiff.networks import cpu
+from jaxdiff.networks.attention import attention
 from jaxdiff.parallel import data_mesh
 
 KEY = jax.random.key(0)
@@ -112,13 +113,36 @@ def test_only_large_convolutions_of_wide_numbers_have_fewer_multiplications():
     assert convolutions_left(large.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)) == (1, 0)
 
 
-def test_batch_of_any_size_is_exported(small):
+def exported(f, sizes, x, platforms=("cpu", "cuda")):
+    """f as a program for x of any sizes along its first axes."""
+    named = jax.export.symbolic_shape(sizes)
+    shape = jax.ShapeDtypeStruct((*named, *x.shape[len(named) :]), x.dtype)
+    return jax.export.export(jax.jit(f), platforms=platforms)(shape)
+
+
+@pytest.mark.parametrize("sizes", ["n", "2*n", "n, 2*h"])
+def test_batch_of_any_size_is_exported(sizes, small):
     x, kernel = arrays((6, 6, 10, 16, 24, 3))
     ours, plain = both(3, 24)
-    (n,) = jax.export.symbolic_shape("n")
-    shapes = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype), kernel
-    program = jax.export.export(jax.jit(ours), platforms=["cpu", "cuda"])(*shapes)
-    close(program.call(x[:5], kernel), plain(x[:5], kernel))
+    program = exported(lambda x: ours(x, kernel), sizes, x)
+    close(program.call(x[:4]), plain(x[:4], kernel))
+
+
+def test_exported_program_has_fewer_multiplications_too():
+    """By one example after the other, where one is enough."""
+    x, kernel = arrays((3, 32, 32, 64, 64, 3))
+    ours, plain = both(3, 64)
+    program = exported(lambda x: ours(x, kernel), "n", x, platforms=["cpu"])
+    assert "stablehlo.convolution" not in program.mlir_module()
+    assert "stablehlo.while" in program.mlir_module()
+    close(program.call(x), plain(x, kernel))
+
+
+@pytest.mark.parametrize("sizes", ["n", "2*n", "2*n, m"])
+def test_attention_of_any_size_is_exported(sizes):
+    q = jax.random.normal(KEY, (2, 128, 2, 4))
+    program = exported(lambda q: attention(q, q, q), sizes, q)
+    close(program.call(q), jax.nn.dot_product_attention(q, q, q))
 
 
 @pytest.mark.devices(4)
@@ -179,7 +203,7 @@ def test_computed_once_is_what_it_was():
     np.testing.assert_allclose(jax.jit(jax.jacfwd(jax.grad(f)))(x), second, rtol=1e-6)
 
 
-@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (3, 1)], ids=str)
+@pytest.mark.parametrize("axes", [(0, None), (3, None), (None, 0), (0, 0), (3, 1)], ids=str)
 def test_batched_convolution_is_jaxs(axes):
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
     many = [
@@ -222,20 +246,21 @@ def test_a_wider_result_is_given_where_it_is_asked_for():
     assert cpu.convolve(x, kernel, preferred_element_type=jnp.float32).dtype == jnp.float32
 
 
-def test_precision_of_a_context_is_jaxs():
-    """Of the context in which a function is traced; it is lowered after that."""
+@pytest.mark.parametrize("context", [False, True])
+def test_precision_is_jaxs(context):
+    """A layer's, and of the context in which a function is traced; it is lowered after that."""
     x, kernel = arrays((8, 6, 10, 3, 5, 3))
 
     def precisions(f):
         def precise(x, kernel):
-            with jax.default_matmul_precision("highest"):
+            with jax.default_matmul_precision("highest" if context else None):
                 return f(x, kernel)
 
         program = jax.jit(jax.grad(energy(precise), (0, 1))).trace(x, kernel)
         text = program.lower(lowering_platforms=("tpu",)).as_text()
         return re.findall(r"precision (\w+)", text)
 
-    ours, plain = map(precisions, both())
+    ours, plain = map(precisions, both() if context else both(precision="highest"))
     assert ours == plain == ["HIGHEST"] * 6  # Of both operands of a convolution and its gradients.
 
 
@@ -300,9 +325,17 @@ def test_elsewhere_the_programs_are_jaxs(platform):
     assert "divide" in once.lower(lowering_platforms=("cpu",)).as_text()
 
     q = jax.random.normal(KEY, (64, 128, 2, 4))
-    program = jax.jit(jax.grad(lambda q: cpu.attention(q, q, q).sum())).trace(q)
-    assert "stablehlo.while" not in program.lower(lowering_platforms=(platform,)).as_text()
-    assert "stablehlo.while" in program.lower(lowering_platforms=("cpu",)).as_text()
+
+    def products(f, platform):
+        program = jax.jit(jax.grad(lambda q: f(q, q, q).sum())).trace(q)
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+        types = re.findall(r"stablehlo.dot_general.*contracting_dims.*? : (.*)", text)
+        return sorted(types), text.count("stablehlo.while")
+
+    there, plain = (products(f, platform) for f in (attention, jax.nn.dot_product_attention))
+    assert there == plain
+    assert len(plain[0]) == 5  # The output itself is not needed.
+    assert products(attention, "cpu")[1] > 0
 
 
 ATTENTION = pytest.mark.parametrize(
@@ -332,21 +365,21 @@ def test_attention_and_all_its_derivatives_are_jaxs(shape):
         ]
 
     ours, plain = (
-        jax.jit(lambda f=f: derivatives(f))() for f in (cpu.attention, jax.nn.dot_product_attention)
+        jax.jit(lambda f=f: derivatives(f))() for f in (attention, jax.nn.dot_product_attention)
     )
     close(ours, plain)
 
 
 def test_batched_attention_is_jaxs():
     q = jax.random.normal(KEY, (3, 16, 128, 1, 8))
-    functions = (cpu.attention, jax.nn.dot_product_attention)
+    functions = (attention, jax.nn.dot_product_attention)
     close(*(jax.vmap(f, (0, None, 0))(q, q[0], 2 * q) for f in functions))
 
 
 def test_narrow_attention_has_a_wide_softmax():
     """Of equal logits over many tokens, the weights' sum is 1 only if it is not summed narrowly."""
     q, v = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.ones((1, 4096, 1, 8), jnp.bfloat16)
-    out = cpu.attention(q, jnp.zeros_like(v), v)
+    out = attention(q, jnp.zeros_like(v), v)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(float), 1.0, rtol=2**-8)
 
@@ -357,7 +390,21 @@ def test_attention_of_a_shared_batch_stays_where_it_is():
     mesh = data_mesh()
     sharding = jax.sharding.NamedSharding(mesh, P("data"))
     q = jax.device_put(jax.random.normal(KEY, (64, 128, 2, 4)), sharding)
-    compiled = jax.jit(lambda q: cpu.attention(q, q, q)).lower(q).compile()
+    compiled = jax.jit(lambda q: attention(q, q, q)).lower(q).compile()
     for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
         assert collective not in compiled.as_text()
     close(compiled(q), jax.nn.dot_product_attention(q, q, q))
+
+
+@pytest.mark.devices(4)
+def test_a_share_of_the_batch_is_sliced_too(small):
+    """In a `shard_map`, whose examples are one device's: four, fewer than two for each device."""
+
+    def loops(f, *arrays):
+        specs = tuple(P("data") if i == 0 else P() for i in range(len(arrays)))
+        mapped = jax.shard_map(f, mesh=data_mesh(), in_specs=specs, out_specs=P("data"))
+        return jax.jit(mapped).lower(*arrays).as_text().count("stablehlo.while")
+
+    q = jax.random.normal(KEY, (16, 512, 2, 4))
+    assert loops(lambda q: attention(q, q, q), q) == 1
+    assert loops(both(3, 16)[0], *arrays((16, 32, 16, 16, 16, 3))) == 1

@@ -44,6 +44,18 @@ every_variant = pytest.mark.parametrize("name", VARIANTS)
 # Parts
 
 
+def test_images_of_two_users_are_computed_once(monkeypatch):
+    """Those that a block or an attention adds to, on a CPU."""
+    kept = []
+    monkeypatch.setattr(cpu, "convolve", jax.lax.conv_general_dilated)  # It keeps its own.
+    monkeypatch.setattr(cpu, "once", lambda x: kept.append(x.shape) or x)
+    net = UNet(16, (1, 2), 1, attention=(4,))
+    jax.eval_shape(net.init, KEY, images(), jnp.ones(BATCH))
+    sides = [side for _, side, _, _ in kept]
+    # Blocks: on the way down, halving, middle, doubling, on the way up; then attentions.
+    assert (sides.count(8), sides.count(4)) == (1 + 1 + 0 + 0 + 2, 1 + 0 + 2 + 1 + 2 + 3)
+
+
 @pytest.mark.parametrize("variant", [DDPMPP, ADM], ids=["DDPM++", "ADM"])
 @pytest.mark.parametrize("scale_shift", [False, True])
 def test_a_new_residual_block_is_its_skip(scale_shift, variant):

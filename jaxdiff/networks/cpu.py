@@ -1,13 +1,14 @@
 """What a CPU computes faster in another way than a GPU or TPU: convolutions and attention.
 
-Every function here is an operation of JAX's, equal to it up to rounding, and on a GPU or TPU it is
-that very operation (a convolution of one pixel is everywhere a product of matrices). What each
-earned on two cores is printed by `tests/benchmarks/cures.py`.
+Every function here is an operation of JAX's, equal to it up to rounding of finite values. On a GPU
+or TPU a convolution is JAX's very own (one of one pixel is everywhere a product of matrices), and
+`networks/attention.py` takes JAX's attention. What each earned on two cores is printed by
+`tests/benchmarks/cures.py`.
 
 *Convolutions.* XLA's CPU compiler runs a convolution fast only in its standard form, and brings
 others into that form only outside of loops; JAX's gradients of a convolution are not in it. So
 
-    y[b, r, c] = Σ_{i,j} x[b, r + i - k/2, c + j - k/2] w[i, j]
+    y[b, r, c] = Σ_{i,j} x[b, r + i - h, c + j - h] w[i, j],   h = (k - 1) / 2
 
 has these transposes on a CPU, each a convolution in the standard form, of a kernel that is as large
 as the image in the second:
@@ -15,7 +16,8 @@ as the image in the second:
     dx = dy * w',           w'[i, j] = w[k-1-i, k-1-j]ᵀ
     dw = (xᵀ * dyᵀ)ᵀ        xᵀ: channels as the batch, the batch as channels; dyᵀ: likewise
 
-They are linear maps, not gradients by hand, so forward mode, second derivatives and batching stay.
+where dyᵀ is the kernel, as large as the image, and h zeros stay around xᵀ. They are linear maps,
+not gradients by hand, so forward mode, second derivatives and batching stay.
 
 y of a 3 × 3 kernel, and so dx, takes 4/9 of the multiplications by Winograd's minimal filtering
 F(2 × 2, 3 × 3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, section
@@ -52,6 +54,8 @@ __all__ = ["Conv", "attention", "convolve", "once"]
 Image = Float[Array, "b h w c"]
 Convolved = Float[Array, "b h w c2"]
 Kernel = Float[Array, "k k c c2"]
+Size = Any
+"""An int, or the unknown one of an exported program."""
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 IMAGE = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
@@ -71,8 +75,9 @@ def convolve(
 ) -> Array:
     """`jax.lax.conv_general_dilated`, with the layout and the options that Flax's `Conv` gives it.
 
-    Only a convolution that keeps the sides, with zeros around and an odd square kernel, is another
-    one than JAX's; one with a kernel of one pixel is a product of matrices.
+    Only a convolution that keeps the sides, with zeros around and an odd square kernel, and with no
+    precision asked for, is another one than JAX's; one with a kernel of one pixel is a product of
+    matrices.
     """
     height, width, _, features = kernel.shape
     half = height // 2
@@ -127,25 +132,29 @@ def _forward_on_cpu(x: Image, kernel: Kernel) -> Convolved:
     """`_forward`, by fewer multiplications where that is faster."""
     b, height, width, channels = x.shape
     size, _, _, features = kernel.shape
+    # That of an exported program may be of any size: then by one example after the other.
+    known = isinstance(b, int)
+    examples = b if known else 1
     filtered = (
         size == 3
+        and all(isinstance(n, int) for n in x.shape[1:])
         and height % 2 == width % 2 == 0
         and x.dtype.itemsize >= 4
-        and isinstance(b, int)  # That of an exported program may be any.
         # Of small matrices, the transforms would be most of the work.
-        and min(channels, features, b * height * width // 16) >= 16
-        and b * height * width * kernel.size >= WORK
+        and min(channels, features, examples * height * width // 16) >= 16
+        and examples * height * width * kernel.size >= WORK
     )
     if not filtered:
         return _forward(x, kernel)
 
     transformed = _sandwich(KERNEL, kernel)
-    tiles = 4 * b * height * width * (channels + features) * x.dtype.itemsize
-    slices = _slices(b, tiles, TILES)
+    tiles = 4 * examples * height * width * (channels + features) * x.dtype.itemsize
+    slices = _slices(b, tiles, TILES) if known else b
     if slices == 1:
         return _winograd(x, transformed)
     x = _sliced(x, slices)
 
+    # Not by `lax.map`, for which the slices must be copied to the front.
     def one(i: Array, y: Array) -> Array:
         part = jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(y, _winograd(part, transformed), i, 1)
@@ -186,16 +195,18 @@ def _sandwich(matrix: tuple[tuple[float | int, ...], ...], arrays: Any) -> Array
     return jnp.stack([jnp.stack(combined(column)) for column in columns], 1)
 
 
-def _slices(b: int, size: int, most: int) -> int:
-    """In how many parts to compute a batch, of `most` bytes each; a part is of all devices."""
+def _slices(b: Size, size: Size, most: int) -> int:
+    """In how many parts to compute a batch, of `most` bytes each, with a share of each device's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.manual_axes else jax.device_count()  # In a `shard_map`, b is a share.
     slices = 1
-    while b % (2 * slices * jax.device_count()) == 0 and size > most * slices:
+    while isinstance(size, int) and b % (2 * slices * devices) == 0 and size > most * slices:
         slices *= 2
     return slices
 
 
-def _sliced(a: Array, slices: int) -> Array:
-    """The slices of a batch along axis 1: every so-manieth example, a share of each device's."""
+def _sliced(a: Array, slices: Size) -> Array:
+    """The slices of a batch along axis 1; slice i is of every `slices`-th example from i on."""
     return a.reshape(a.shape[0] // slices, slices, *a.shape[1:])
 
 
@@ -225,24 +236,25 @@ def _summed(gradient: Array, aval: Any) -> Array:
     return jax.linear_transpose(lambda a: a * one, aval)(gradient)[0]
 
 
+def _transposed(quick: Any, forward: Any, aval: Any, dy: Convolved, other: Array) -> Array:
+    """The gradient of `forward` by its first argument, of type `aval`; on a CPU by `quick`."""
+
+    def on_cpu(dy: Convolved, other: Array) -> Array:
+        return _summed(quick(dy, other), aval)
+
+    def plain(dy: Convolved, other: Array) -> Array:
+        return jax.linear_transpose(lambda a: forward(a, other), aval)(dy)[0]
+
+    return jax.lax.platform_dependent(dy, other, cpu=on_cpu, default=plain)
+
+
 def _transpose_image(dy: Convolved, x: Any, kernel: Kernel) -> Image:
-    def products(dy: Convolved, kernel: Kernel) -> Image:
-        return _summed(_image_gradient(dy, kernel), x.aval)
-
-    def plain(dy: Convolved, kernel: Kernel) -> Image:
-        return jax.linear_transpose(lambda x: _forward(x, kernel), x.aval)(dy)[0]
-
-    return jax.lax.platform_dependent(dy, kernel, cpu=products, default=plain)
+    return _transposed(_image_gradient, _forward, x.aval, dy, kernel)
 
 
 def _transpose_kernel(dy: Convolved, x: Image, kernel: Any) -> Kernel:
-    def products(dy: Convolved, x: Image) -> Kernel:
-        return _summed(_kernel_gradient(dy, x, kernel.aval.shape[0]), kernel.aval)
-
-    def plain(dy: Convolved, x: Image) -> Kernel:
-        return jax.linear_transpose(lambda kernel: _forward(x, kernel), kernel.aval)(dy)[0]
-
-    return jax.lax.platform_dependent(dy, x, cpu=products, default=plain)
+    quick = partial(_kernel_gradient, size=kernel.aval.shape[0])
+    return _transposed(quick, lambda kernel, x: _forward(x, kernel), kernel.aval, dy, x)
 
 
 def _batched(operands: tuple[Array, Array], axes: tuple[int | None, int | None]) -> tuple[Any, int]:
@@ -270,12 +282,7 @@ def attention(
     key: Float[Array, "b m heads d"],
     value: Float[Array, "b m heads d"],
 ) -> Float[Array, "b n heads d"]:
-    """softmax(Q Kᵀ / √d) V, as `jax.nn.dot_product_attention`; the softmax in float32 at least."""
-    fused = jax.nn.dot_product_attention
-    return jax.lax.platform_dependent(query, key, value, cpu=_by_slices, default=fused)
-
-
-def _by_slices(query: Array, key: Array, value: Array) -> Array:
+    """`jax.nn.dot_product_attention`, by slices of the batch; the softmax in float32 at least."""
     b, n, heads, _ = query.shape
     slices = _slices(b, 4 * b * heads * n * key.shape[1], CACHE)
     if slices == 1:

@@ -26,7 +26,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from jaxdiff.networks import cpu
+from jaxdiff.networks.attention import attention
 from jaxdiff.networks.embeddings import Conditioning, SmoothFeatures
 from jaxdiff.typing import Array
 
@@ -108,6 +108,7 @@ class _Block(nn.Module):
     dropout: float
     epsilon: float
     dtype: DTypeLike
+    flash: bool
 
     @nn.compact
     def __call__(
@@ -132,7 +133,7 @@ class _Block(nn.Module):
                 )
                 for part, source in (("query", rows), ("key", others), ("value", others))
             )
-            mixed = cpu.attention(query, key, value)
+            mixed = attention(query, key, value, flash=self.flash)
             return dense(mixed.reshape(b, n, width), width, f"{name}out", init)
 
         def drop(h: Array) -> Array:
@@ -168,6 +169,9 @@ class DiT(nn.Module):
             again: less memory for about a third more time.
         unroll: blocks in one turn of the loop: more are a longer program and, as what a loop keeps
             for the gradient is copied, a faster one: on a CPU by a tenth for a loop of one turn.
+        flash: attention by cuDNN's flash kernel where JAX runs on an NVIDIA GPU; `dtype` must then
+            be bfloat16 or float16. It has no forward mode, so for a likelihood take
+            `net.clone(flash=False)`, whose parameters are the same.
 
     Raises:
         ValueError: if `patch` does not divide the sides, `heads` or 4 the width, if `unroll` is not
@@ -187,6 +191,7 @@ class DiT(nn.Module):
     epsilon: float = 1e-6
     remat: bool = False
     unroll: int = 1
+    flash: bool = False
 
     @nn.compact
     def __call__(
@@ -222,9 +227,8 @@ class DiT(nn.Module):
             unroll=self.unroll,
         )
         context = None if context is None else context.astype(self.dtype)
-        h, _ = blocks(self.heads, self.dropout, self.epsilon, self.dtype, name="blocks")(
-            h, (c, context)
-        )
+        options = self.heads, self.dropout, self.epsilon, self.dtype, self.flash
+        h, _ = blocks(*options, name="blocks")(h, (c, context))
 
         wide = jnp.promote_types(jnp.float32, self.dtype)
         adapt = nn.Dense(2 * self.width, kernel_init=_zeros, dtype=wide, name="adapt")(c)

@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jaxdiff.networks import cpu
+from jaxdiff.networks.attention import attention
 from jaxdiff.networks.unet import doubled, halved, widened
 from jaxdiff.typing import Array
 
@@ -141,7 +142,7 @@ class _Block(nn.Module):
                 return y.reshape(b, height * width, -1, net.head_width)
 
             query, key, value = (normalized(project(n), -1) for n in ("query", "key", "value"))
-            mixed = cpu.attention(query, key, value).reshape(pixels.shape)
+            mixed = attention(query, key, value, flash=net.flash).reshape(pixels.shape)
             attended = conv(c, name="out")(mixed).reshape(x.shape)
             x = mp_sum(x, attended, net.attention_balance)
         return jnp.clip(x, -CLIP, CLIP)
@@ -170,6 +171,9 @@ class EDM2(nn.Module):
         out_channels: channels of the output; None for as many as the input has.
         remat: keep only what passes between blocks for the gradient, and compute their inside
             again: less memory for about a third more time.
+        flash: attention by cuDNN's flash kernel where JAX runs on an NVIDIA GPU; `dtype` must then
+            be bfloat16 or float16. It has no forward mode, so for a likelihood take
+            `net.clone(flash=False)`, whose parameters are the same.
 
     Raises:
         ValueError: if a level has a side of less than 2 pixels or an odd one above it, if
@@ -198,6 +202,7 @@ class EDM2(nn.Module):
     dtype: DTypeLike = jnp.float32
     out_channels: int | None = None
     remat: bool = False
+    flash: bool = False
 
     @nn.compact
     def __call__(

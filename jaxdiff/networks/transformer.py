@@ -15,12 +15,12 @@ References: Vaswani et al. 2017, arXiv 1706.03762; Peebles and Xie 2023, arXiv 2
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from jaxdiff.networks.attention import attention
 from jaxdiff.networks.embeddings import Conditioning, SmoothFeatures
 from jaxdiff.typing import Array
 
@@ -60,7 +60,7 @@ class _Block(nn.Module):
         # Positions as rows of one matrix: the gradient of a product with two leading axes is slow
         # on a CPU.
         rows = _Norm(self.dtype)(h, condition).reshape(b * length, width)
-        mixed = jax.nn.dot_product_attention(
+        mixed = attention(
             *(
                 nn.Dense(width, dtype=self.dtype)(rows).reshape(b, length, self.heads, -1)
                 for _ in range(3)

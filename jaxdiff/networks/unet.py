@@ -37,6 +37,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jaxdiff.networks import cpu
+from jaxdiff.networks.attention import attention
 from jaxdiff.networks.embeddings import Conditioning, SmoothFeatures
 from jaxdiff.typing import Array
 
@@ -247,6 +248,7 @@ class Attention(nn.Module):
     variant: Variant
     dtype: DTypeLike
     heads: int = 1
+    flash: bool = False
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
@@ -262,7 +264,8 @@ class Attention(nn.Module):
             y = nn.Dense(c, dtype=self.dtype, name=name)(pixels)
             return y.reshape(b, h * w, c // d, d)
 
-        mixed = cpu.attention(project("query"), project("key"), project("value"))
+        query, key, value = project("query"), project("key"), project("value")
+        mixed = attention(query, key, value, flash=self.flash)
         out = nn.Dense(c, kernel_init=_zeros, dtype=self.dtype, name="out")
         return _add(x, out(mixed.reshape(b * h * w, c)).reshape(x.shape), self.variant)
 
@@ -332,6 +335,9 @@ class UNet(nn.Module):
             length, which is traced faster; on a CPU, XLA then takes about as long to compile it.
             Parameters are the same (a call stacks those of a loop), and so are results, but for
             rounding and the masks of dropout; what Flax captures inside of blocks is not kept.
+        flash: attention by cuDNN's flash kernel where JAX runs on an NVIDIA GPU; `dtype` must then
+            be bfloat16 or float16. It has no forward mode, so for a likelihood take
+            `net.clone(flash=False)`, whose parameters are the same.
 
     Raises:
         ValueError: if a side of the images is odd or less than 8, if `head_width` or the groups of
@@ -360,6 +366,7 @@ class UNet(nn.Module):
     fourier: tuple[int, ...] = ()
     remat: bool = False
     scan: bool = False
+    flash: bool = False
 
     @nn.compact
     def __call__(
@@ -447,7 +454,8 @@ class UNet(nn.Module):
 
     @nn.nowrap
     def _attention(self, **further: Any) -> Attention:
-        return self._part(Attention, self.head_width, heads=self.heads, **further)
+        options = {"heads": self.heads, "flash": self.flash}
+        return self._part(Attention, self.head_width, **options, **further)
 
     @nn.nowrap
     def _level(

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jaxdiff.networks import cpu
+from jaxdiff.networks.attention import attention
 from jaxdiff.networks.dit import check_patches, join_patches, split_patches
 from jaxdiff.networks.embeddings import SmoothFeatures
 from jaxdiff.typing import Array
@@ -47,6 +48,7 @@ class _Block(nn.Module):
     heads: int
     dropout: float
     dtype: DTypeLike
+    flash: bool
 
     @nn.compact
     def __call__(self, h: Tokens, skip: Tokens | None) -> tuple[Tokens, Tokens]:
@@ -74,7 +76,7 @@ class _Block(nn.Module):
             dense(rows, width, name, bias=False).reshape(b, n, self.heads, width // self.heads)
             for name in ("query", "key", "value")
         )
-        mixed = cpu.attention(query, key, value).reshape(b, n, width)
+        mixed = attention(query, key, value, flash=self.flash).reshape(b, n, width)
         h = h + drop(dense(mixed, width, "out"))
         rows = nn.gelu(dense(normed(h, "norm_2"), 4 * width, "mlp_in"), approximate=False)
         h = h + drop(dense(drop(rows), width, "mlp_out"))
@@ -96,6 +98,9 @@ class UViT(nn.Module):
         out_channels: channels of the output; None for as many as the input has.
         remat: keep only what passes between blocks for the gradient, and compute their inside
             again: less memory for about a third more time.
+        flash: attention by cuDNN's flash kernel where JAX runs on an NVIDIA GPU; `dtype` must then
+            be bfloat16 or float16. It has no forward mode, so for a likelihood take
+            `net.clone(flash=False)`, whose parameters are the same.
 
     Raises:
         ValueError: if `patch` does not divide the sides or `heads` the width, if `depth` is even,
@@ -113,6 +118,7 @@ class UViT(nn.Module):
     dtype: DTypeLike = jnp.float32
     out_channels: int | None = None
     remat: bool = False
+    flash: bool = False
 
     @nn.compact
     def __call__(
@@ -148,7 +154,7 @@ class UViT(nn.Module):
             split_rngs={"params": True, "dropout": True},
             length=self.depth // 2,
         )
-        options = self.heads, self.dropout, self.dtype
+        options = self.heads, self.dropout, self.dtype, self.flash
         h, skips = half(*options, name="first_half")(h, None)
         h, _ = block(*options, name="middle")(h, None)
         h, _ = half(*options, name="second_half")(h, skips[::-1])
