@@ -16,8 +16,8 @@ split the step. The other two use one device, and `by Eigen` leaves its convolut
 library in XLA, which uses all cores. XLA also gives every step's memory back and asks for it again:
 `--keep-memory` tells the C library to keep it, in large pages, for all contenders. Where all do not
 fit into the memory, times are wrong before anything fails: name fewer by `--ours` and `--rivals`.
-With an accelerator that JAX and PyTorch see, both use it (`--dtype bfloat16` for either), and memory
-is the accelerator's.
+With an accelerator that JAX and PyTorch see, both use it (`--dtype bfloat16` for either), and then
+memory is the accelerator's.
 """
 
 import argparse
