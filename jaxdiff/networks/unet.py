@@ -332,9 +332,9 @@ class UNet(nn.Module):
         remat: keep only what passes between blocks for the gradient, and compute their inside
             again: less memory for about a third more time.
         scan: run the equal blocks of a level as one loop: a deep network is a program of half the
-            length, which is traced faster; on a CPU, XLA then takes about as long to compile it.
-            Parameters are the same (a call stacks those of a loop), and so are results, but for
-            rounding and the masks of dropout; what Flax captures inside of blocks is not kept.
+            length, which is traced and, on a CPU, compiled faster. Parameters are the same (a call
+            stacks those of a loop), and so are results, but for rounding and the masks of dropout;
+            what Flax captures inside of blocks is not kept.
         flash: attention by cuDNN's flash kernel where JAX runs on an NVIDIA GPU; `dtype` must then
             be bfloat16 or float16. It has no forward mode, so for a likelihood take
             `net.clone(flash=False)`, whose parameters are the same.
