@@ -62,7 +62,7 @@ IMAGE = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 RESULT = ((1, 1, 1, 0), (0, 1, -1, -1))
 """D, K and R."""
-WORK = 2**25
+WORK = 2**26
 """Multiplications of a convolution below which fewer, in more operations, take longer."""
 CACHE = 2**21
 """Bytes of the attention weights that are computed at a time."""
