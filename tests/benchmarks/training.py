@@ -16,8 +16,8 @@ split the step. The other two use one device, and `by Eigen` leaves its convolut
 library in XLA, which uses all cores. XLA also gives every step's memory back and asks for it again:
 `--keep-memory` tells the C library to keep it, in large pages, for all contenders. Where all do not
 fit into the memory, times are wrong before anything fails: name fewer by `--ours` and `--rivals`.
-With an accelerator that JAX and PyTorch see, both use it (`--dtype bfloat16` for either), and then
-memory is the accelerator's.
+With an accelerator that JAX and PyTorch see, both use it (`--dtype bfloat16` for either, and then
+`--flash` for ours, as PyTorch attends so by itself), and memory is the accelerator's.
 """
 
 import argparse
@@ -129,7 +129,16 @@ def write(config: dict, side: int, folder: Path) -> tuple[int, int]:
     return parameters, counter.get_total_flops()
 
 
-def ours(folder: Path, task: str, side: int, batch: int, dtype: str, by: str | None, eigen: bool):
+def ours(
+    folder: Path,
+    task: str,
+    side: int,
+    batch: int,
+    dtype: str,
+    flash: bool,
+    by: str | None,
+    eigen: bool,
+):
     """The network by this library, as a function that runs the task once."""
     if by is not None:  # Says nothing to an accelerator.
         os.environ["JAX_NUM_CPU_DEVICES"] = str(os.cpu_count())
@@ -143,7 +152,7 @@ def ours(folder: Path, task: str, side: int, batch: int, dtype: str, by: str | N
     from jaxdiff.training import init_state, warmup_adam
 
     model = jd.interop.from_diffusers(folder)
-    net = model.net.clone(dtype=jnp.dtype(dtype))
+    net = model.net.clone(dtype=jnp.dtype(dtype), flash=flash)
     if isinstance(net, networks.DiT):
         net = net.clone(unroll=net.depth)
     x = jax.random.normal(jax.random.key(0), (batch, side, side, 3))
@@ -267,6 +276,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS))
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
+    parser.add_argument("--flash", action="store_true")
     parser.add_argument("--turns", type=int, default=7)
     args = parsed(parser)
     print(machine(args))
@@ -288,7 +298,7 @@ def main() -> None:
             for task in args.tasks:
                 work = folder, task, side, batch, args.dtype
                 makers = {
-                    who: functools.partial(ours, *work, *settings)
+                    who: functools.partial(ours, *work, args.flash, *settings)
                     for who, settings in OURS.items()
                     if who in args.ours
                     and (who == "ours" or (on_cpu and (task == "step" or settings[0] != "jit")))
