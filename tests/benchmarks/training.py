@@ -135,9 +135,9 @@ def ours(
     side: int,
     batch: int,
     dtype: str,
-    flash: bool,
     by: str | None,
     eigen: bool,
+    flash: bool = False,
 ):
     """The network by this library, as a function that runs the task once."""
     if by is not None:  # Says nothing to an accelerator.
@@ -298,7 +298,7 @@ def main() -> None:
             for task in args.tasks:
                 work = folder, task, side, batch, args.dtype
                 makers = {
-                    who: functools.partial(ours, *work, args.flash, *settings)
+                    who: functools.partial(ours, *work, *settings, args.flash)
                     for who, settings in OURS.items()
                     if who in args.ours
                     and (who == "ours" or (on_cpu and (task == "step" or settings[0] != "jit")))
