@@ -3,8 +3,9 @@
 Every contender lives in a process of its own, is made and warmed up there, and waits. They take
 turns, A B C A B C …, so that what else the machine does meets all of them; one runs at a time.
 
-In each turn a contender runs twice and the second run counts: some virtual machines take away
-memory that lay idle for seconds, and the next run is up to twice as slow for it.
+In each turn a contender runs again and again for half a second, and the run after that counts, as a
+step of training comes after others: some virtual machines take away memory that lay idle for
+seconds, and the next runs are up to twice as slow for it.
 """
 
 import math
@@ -17,6 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 __all__ = ["Times", "peak_memory", "table", "take_turns"]
+
+
+AWAKE = 0.5
+"""Seconds for which a contender runs before the run that counts; one run at least."""
 
 
 class Times(NamedTuple):
@@ -111,7 +116,10 @@ def _serve(pipe, maker) -> None:
         return
     pipe.send(None)
     while pipe.recv():
+        awake = time.perf_counter() + AWAKE
         run()
+        while time.perf_counter() < awake:
+            run()
         begin = time.perf_counter()
         run()
         pipe.send(time.perf_counter() - begin)
