@@ -454,8 +454,7 @@ class UNet(nn.Module):
 
     @nn.nowrap
     def _attention(self, **further: Any) -> Attention:
-        options = {"heads": self.heads, "flash": self.flash}
-        return self._part(Attention, self.head_width, **options, **further)
+        return self._part(Attention, self.head_width, heads=self.heads, flash=self.flash, **further)
 
     @nn.nowrap
     def _level(

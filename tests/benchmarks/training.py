@@ -15,9 +15,9 @@ are cores, and each runs the step on its own images (`by="shard_map"`); `by jit`
 split the step. The other two use one device, and `by Eigen` leaves its convolutions to another
 library in XLA, which uses all cores. XLA also gives every step's memory back and asks for it again:
 `--keep-memory` tells the C library to keep it, in large pages, for all contenders. Where all do not
-fit into the memory, name fewer by `--ours` and `--rivals`.
-With an accelerator that JAX and PyTorch see, both use it (`--dtype bfloat16` for either, and then
-`--flash` for ours, as PyTorch attends so by itself), and memory is the accelerator's.
+fit into the memory, name fewer by `--ours` and `--rivals`. With an accelerator that JAX and PyTorch
+see, both use it (`--dtype bfloat16` for either, and then `--flash` for ours, as PyTorch attends so
+by itself), and memory is the accelerator's.
 """
 
 import argparse
